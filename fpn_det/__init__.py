@@ -1,0 +1,1 @@
+"""Two-stage object detection: Faster R-CNN on a Feature Pyramid Network."""

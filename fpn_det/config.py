@@ -1,0 +1,614 @@
+"""The configuration of one run: a typed, immutable schema, read from YAML and `key.sub=value` overrides.
+
+Every default below belongs to one recipe, the 1x schedule of Faster R-CNN with ResNet-50 and FPN on COCO
+(arXiv 1612.03144 with the settings of Detectron2), so that a YAML file states only what differs from it.
+
+To add a choice: a field here, an argument of the class that needs it, and one line in `fpn_det.build`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+from collections.abc import Hashable, Iterable, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import ErrorDetails
+
+from fpn_det.structures import InputError
+
+DEFAULT_STEPS = 90_000
+COMMAND_LINE = "command line"
+_ABSENT = object()
+
+Count = Annotated[int, Field(ge=1)]
+NonNegativeInt = Annotated[int, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0)]
+NonNegative = Annotated[float, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+"""A probability, an IoU or a share: 0..1."""
+Intensity = Annotated[float, Field(ge=0, le=255)]
+
+
+class Section(BaseModel):
+    """What all parts of the configuration share: no unknown keys, no changes after validation, no NaN."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
+
+
+class BackboneConfig(Section):
+    """The body whose stages C2..C5 feed the neck."""
+
+    kind: Literal["resnet"] = "resnet"
+    """Family of the body."""
+    name: Literal[
+        "resnet18",
+        "resnet34",
+        "resnet50",
+        "resnet101",
+        "resnet152",
+        "resnext50_32x4d",
+        "resnext101_32x8d",
+        "resnext101_64x4d",
+    ] = "resnet50"
+    """Torchvision's name of the body."""
+    weights: Annotated[str, Field(min_length=1)] | None = "IMAGENET1K_V1"
+    """Torchvision's name of pretrained weights, the path of a local .pth file, or none to start from scratch."""
+    norm: Literal["frozen_bn", "bn", "sync_bn", "gn"] = "frozen_bn"
+    """Normalisation: batch norm with frozen statistics, trained, synchronised over processes, or group norm."""
+    frozen_stages: Annotated[int, Field(ge=0, le=5)] = 2
+    """How many stages are not trained: 0 none, 1 the stem, 2 the stem and layer1, up to 5 all."""
+
+    @model_validator(mode="after")
+    def _scratch_can_learn(self) -> Self:
+        reasons = []
+        if self.weights is None and self.norm == "frozen_bn":
+            reasons.append(
+                "weights is none and norm is frozen_bn, whose identity statistics would never normalise:"
+                " set norm to bn, sync_bn or gn, or give weights"
+            )
+        if self.weights is None and self.frozen_stages > 0:
+            reasons.append(
+                f"weights is none and frozen_stages is {self.frozen_stages}, which would freeze random layers:"
+                " set frozen_stages to 0, or give weights"
+            )
+        if reasons:
+            raise ValueError("; ".join(reasons))
+        return self
+
+
+class NeckConfig(Section):
+    """The feature pyramid P2..P6."""
+
+    kind: Literal["fpn"] = "fpn"
+    """Family of the neck."""
+    channels: Count = 256
+    """Channels of every level."""
+
+
+class AnchorConfig(Section):
+    """The boxes that the region proposal network starts from."""
+
+    sizes: Annotated[tuple[Positive, ...], Field(min_length=5, max_length=5)] = (32, 64, 128, 256, 512)
+    """Square root of the anchor area in pixels, one per level P2..P6."""
+    ratios: Annotated[tuple[Positive, ...], Field(min_length=1)] = (0.5, 1, 2)
+    """Height / width of the anchors at every location."""
+    rounded: bool = False
+    """Round the half sizes to whole pixels, as torchvision's weights expect."""
+
+
+class RpnConfig(Section):
+    """The region proposal network."""
+
+    positive_iou: Fraction = 0.7
+    """Anchors that overlap a ground-truth box at least this much are positive."""
+    negative_iou: Fraction = 0.3
+    """Anchors that overlap every ground-truth box less than this are negative."""
+    min_match_iou: Fraction = 0.0
+    """The best anchors of a ground-truth box are positive only if they overlap it, and at least this much."""
+    num_samples: Count = 256
+    """Anchors sampled per image for the losses."""
+    positive_fraction: Fraction = 0.5
+    """Largest share of positives among them."""
+    smooth_l1_beta: NonNegative = 0.0
+    """Where the box loss turns from quadratic to linear; 0 is plain L1."""
+    pre_nms_top_k_train: Count = 2000
+    """Proposals per level and image kept before NMS, while training."""
+    pre_nms_top_k_test: Count = 1000
+    """Proposals per level and image kept before NMS, while detecting."""
+    post_nms_top_k_train: Count = 1000
+    """Proposals per image kept after NMS over all levels, while training."""
+    post_nms_top_k_test: Count = 1000
+    """Proposals per image kept after NMS over all levels, while detecting."""
+    nms_thresh: Fraction = 0.7
+    """Of two proposals of a level that overlap more than this, the better one stays."""
+    min_size: NonNegative = 0.0
+    """Proposals must be wider and higher than this many pixels of the resized image."""
+
+    @model_validator(mode="after")
+    def _thresholds_in_order(self) -> Self:
+        if self.negative_iou > self.positive_iou:
+            raise ValueError(
+                f"negative_iou {self.negative_iou} exceeds positive_iou {self.positive_iou}:"
+                " an anchor would be both; lower negative_iou"
+            )
+        return self
+
+
+class RoiHeadConfig(Section):
+    """The second stage: pooling, classification and box regression of the proposals."""
+
+    positive_iou: Fraction = 0.5
+    """RoIs that overlap a ground-truth box at least this much are positive, all others background."""
+    num_samples: Count = 512
+    """RoIs sampled per image for the losses."""
+    positive_fraction: Fraction = 0.25
+    """Largest share of positives among them."""
+    pool_size: Count = 7
+    """Cells per side of a pooled RoI."""
+    sampling_ratio: NonNegativeInt = 0
+    """RoIAlign samples per side of a cell; 0 adapts to the size of the RoI."""
+    aligned: bool = True
+    """Shift the coordinates of RoIAlign by half a cell, which is correct; off as in torchvision's weights."""
+    canonical_level: Annotated[int, Field(ge=0, le=10)] = 4
+    """Level k0 that a RoI of `canonical_size` is pooled from (clamped to P2..P5)."""
+    canonical_size: Positive = 224
+    """Square root of the area, in pixels, of the RoI that belongs to `canonical_level`."""
+    fc_dim: Count = 1024
+    """Width of the two fully connected layers."""
+    class_agnostic: bool = False
+    """Predict one box per RoI instead of one per class."""
+    box_weights: tuple[Positive, Positive, Positive, Positive] = (10, 10, 5, 5)
+    """Multipliers of the targets (dx, dy, dw, dh)."""
+    smooth_l1_beta: NonNegative = 0.0
+    """Where the box loss turns from quadratic to linear; 0 is plain L1."""
+    score_thresh: Fraction = 0.05
+    """Detections must score more than this."""
+    nms_thresh: Fraction = 0.5
+    """Of two detections of a class that overlap more than this, the better one stays."""
+    detections_per_image: Count = 100
+    """Most detections per image; the evaluation uses the same number."""
+    min_size: NonNegative = 0.0
+    """Detections must be wider and higher than this many pixels of the resized image."""
+
+
+class ModelConfig(Section):
+    """The detector."""
+
+    num_classes: Count | None = None
+    """Classes without background; none takes the count from the data set, a number must agree with it."""
+    pixel_mean: tuple[Intensity, Intensity, Intensity] = (123.675, 116.28, 103.53)
+    """Subtracted from the RGB values 0..255."""
+    pixel_std: tuple[Positive, Positive, Positive] = (58.395, 57.12, 57.375)
+    """The RGB values are divided by this after the subtraction."""
+    backbone: BackboneConfig = BackboneConfig()
+    """The body."""
+    neck: NeckConfig = NeckConfig()
+    """The feature pyramid."""
+    anchors: AnchorConfig = AnchorConfig()
+    """The anchors."""
+    rpn: RpnConfig = RpnConfig()
+    """The region proposal network."""
+    roi_head: RoiHeadConfig = RoiHeadConfig()
+    """The second stage."""
+
+
+class SplitConfig(Section):
+    """One split of a data set in COCO format."""
+
+    images: Path
+    """Folder that the file names in the annotations are relative to."""
+    annotations: Path
+    """COCO JSON file."""
+
+
+class DataConfig(Section):
+    """The data set and how its images reach the model."""
+
+    train: SplitConfig = SplitConfig(
+        images=Path("data/coco/train2017"), annotations=Path("data/coco/annotations/instances_train2017.json")
+    )
+    """What the model learns from."""
+    val: SplitConfig = SplitConfig(
+        images=Path("data/coco/val2017"), annotations=Path("data/coco/annotations/instances_val2017.json")
+    )
+    """What it is evaluated on."""
+    short_sides: Annotated[tuple[Count, ...], Field(min_length=1)] = (640, 672, 704, 736, 768, 800)
+    """Lengths in pixels of the shorter image side while training; each image draws one."""
+    test_short_side: Count = 800
+    """Length in pixels of the shorter image side while detecting."""
+    long_side: Count = 1333
+    """The longer image side is never longer than this many pixels."""
+    horizontal_flip: Fraction = 0.5
+    """Probability of mirroring left and right."""
+    vertical_flip: Fraction = 0.0
+    """Probability of mirroring top and bottom."""
+    keep_empty: bool = False
+    """Train on images without boxes too (the COCO recipes leave them out)."""
+    group_by_aspect: bool = True
+    """Do not mix landscape and portrait images in a batch, which saves padding."""
+    num_workers: NonNegativeInt = 4
+    """Loader processes per training process; 0 loads in the training process itself."""
+    on_error: Literal["drop", "fail"] = "drop"
+    """What to do with boxes that cannot be used: leave them out and report them, or stop."""
+
+    @field_validator("train", "val", mode="before")
+    @classmethod
+    def _complete_split(cls, value: Any, info: ValidationInfo) -> Any:
+        """Fill the key that a split does not state with the default of that split, as in every section."""
+        if isinstance(value, dict) and info.field_name:
+            return cls.model_fields[info.field_name].default.model_dump(mode="json") | value
+        return value
+
+    @model_validator(mode="after")
+    def _sides_in_order(self) -> Self:
+        longest = max(*self.short_sides, self.test_short_side)
+        if longest > self.long_side:
+            raise ValueError(
+                f"long_side {self.long_side} is less than the largest short side {longest}: raise long_side"
+            )
+        return self
+
+
+class OptimConfig(Section):
+    """Optimiser and learning rate."""
+
+    kind: Literal["sgd", "adamw"] = "sgd"
+    """The optimiser."""
+    lr: Positive = 0.02
+    """Learning rate at `base_batch_size` images per step."""
+    base_batch_size: Count = 16
+    """Batch size that `lr` is meant for."""
+    scale_lr: bool = True
+    """Multiply `lr` by train.batch_size / base_batch_size."""
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """Momentum of SGD."""
+    weight_decay: NonNegative = 1e-4
+    """Weight decay of everything but normalisation layers."""
+    norm_weight_decay: NonNegative = 0.0
+    """Weight decay of normalisation layers."""
+    schedule: Literal["step", "cosine"] = "step"
+    """How the learning rate falls: by `gamma` at each of `milestones`, or along half a cosine to 0."""
+    milestones: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = (0.666667, 0.888889)
+    """Where the step schedule falls, as increasing fractions of the run."""
+    gamma: Annotated[float, Field(gt=0, le=1)] = 0.1
+    """Factor of the step schedule."""
+    warmup_steps: NonNegativeInt = 1000
+    """Steps over which the learning rate rises linearly from `warmup_factor` to 1 times its value."""
+    warmup_factor: Annotated[float, Field(gt=0, le=1)] = 0.001
+    """Where the warm-up starts."""
+    clip_norm: Positive | None = None
+    """Largest norm of the gradient of all parameters together; none does not clip."""
+
+    @field_validator("milestones")
+    @classmethod
+    def _increasing(cls, value: tuple[float, ...]) -> tuple[float, ...]:
+        if list(value) != sorted(set(value)):
+            raise ValueError(f"must increase, received {list(value)}")
+        return value
+
+
+class TrainConfig(Section):
+    """Length and bookkeeping of the training run."""
+
+    steps: Count | None = None
+    """Length of the run in optimiser steps; exactly one of `steps` and `epochs` is set (neither: 90000 steps)."""
+    epochs: Positive | None = None
+    """Length of the run in passes over the training split."""
+    batch_size: Count = 16
+    """Images per optimiser step, over all processes."""
+    accumulate: Count = 1
+    """Micro-batches that a step is split into, to save memory; must divide `batch_size`."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Number format of the forward pass; box coordinates and losses are float32 in any case."""
+    ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Keep a moving average of the weights with this decay per step and evaluate it; none does not."""
+    log_every: Count = 20
+    """Steps between two log lines."""
+    save_every: Count = 5000
+    """Steps between two checkpoints; the end of the run always saves."""
+    keep_checkpoints: Count = 3
+    """How many of the latest checkpoints stay on disk."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _default_length(cls, data: Any) -> Any:
+        if isinstance(data, dict) and data.get("steps") is None and data.get("epochs") is None:
+            return data | {"steps": DEFAULT_STEPS}
+        return data
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.steps is not None and self.epochs is not None:
+            raise ValueError(f"steps {self.steps} and epochs {self.epochs} exclude each other: give one")
+        if self.batch_size % self.accumulate:
+            raise ValueError(f"accumulate {self.accumulate} does not divide batch_size {self.batch_size}")
+        return self
+
+
+class EvalConfig(Section):
+    """Evaluation during and after training."""
+
+    backend: Literal["pycocotools", "hotcoco"] = "pycocotools"
+    """Which implementation of the COCO metrics computes the numbers."""
+    batch_size: Count = 8
+    """Images per forward pass and process."""
+    every: NonNegativeInt = 5000
+    """Steps between two evaluations; 0 evaluates only at the end."""
+    tensorboard_images: NonNegativeInt = 8
+    """Validation images with their detections written to TensorBoard at each evaluation."""
+
+
+class Config(Section):
+    """Everything that one run depends on."""
+
+    name: str = ""
+    """Name of the run, without slashes; `load_config` fills in the stem of the file."""
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    """Seed of every random choice."""
+    model: ModelConfig = ModelConfig()
+    """The detector."""
+    data: DataConfig = DataConfig()
+    """The data set and its loading."""
+    optim: OptimConfig = OptimConfig()
+    """Optimiser and learning rate."""
+    train: TrainConfig = TrainConfig()
+    """Length and bookkeeping of the run."""
+    eval: EvalConfig = EvalConfig()
+    """Evaluation."""
+
+    @field_validator("name")
+    @classmethod
+    def _no_slash(cls, value: str) -> str:
+        if "/" in value or "\\" in value:
+            raise ValueError(f"must not contain a slash, received {value!r}")
+        return value
+
+
+def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a YAML file, apply the overrides, and validate.
+
+    Args:
+        path: YAML file; what it does not state keeps its default.
+        overrides: `key.sub=value`, the value in YAML (`model.anchors.sizes=[8,16,32,64,128]`). A mapping sets
+            the keys it states and leaves the others. Later overrides win over earlier ones and over the file.
+
+    Returns:
+        The complete configuration, with exactly one of `train.steps` and `train.epochs` set.
+
+    Raises:
+        InputError: the file cannot be read, or it and the overrides do not make a valid configuration; all
+            problems at once, one line each.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file; give the path of a YAML file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read as a text file: {error}") from error
+    return parse_config(text, source=str(path), name=path.stem, overrides=overrides)
+
+
+def parse_config(text: str, *, source: str, name: str = "", overrides: Sequence[str] = ()) -> Config:
+    """The same as `load_config` for YAML that is already in memory (from a checkpoint, say).
+
+    Args:
+        text: the YAML document.
+        source: where it comes from, for error messages.
+        name: name of the run if `text` gives none.
+        overrides: as in `load_config`.
+
+    Raises:
+        InputError: as in `load_config`.
+    """
+    file = {"name": name} | _read_mapping(text, source)
+    command_line, problems = _read_overrides(overrides)
+    merged = _merge(file, command_line)
+
+    for origin, mapping in ((source, file), (COMMAND_LINE, command_line)):
+        if len(_run_lengths(mapping)) == 2:
+            problems.append(f"{origin}: train: steps and epochs are both given; give one of them")
+    lengths = _run_lengths(command_line) or _run_lengths(file)
+    if lengths and isinstance(merged["train"], dict):  # the later source wins: the other key goes
+        dropped = {"steps", "epochs"} - set(lengths[:1])
+        merged["train"] = {key: value for key, value in merged["train"].items() if key not in dropped}
+
+    try:
+        # Strict JSON is what YAML means here: lists become tuples, text becomes paths, whole numbers become
+        # floats, and nothing else is converted.
+        config = Config.model_validate_json(json.dumps(merged, default=str), strict=True)
+    except ValidationError as error:
+        for item in error.errors(include_url=False):
+            origin = _origin(item["loc"], source, file, command_line)
+            problems.append(f"{origin}: {_dotted(item['loc'])}: {_explain(item)}")
+    if problems:
+        raise InputError("\n".join(problems))
+    return config
+
+
+def dump_config(config: Config) -> str:
+    """Write the complete configuration as YAML that `load_config` reads back to an equal one."""
+    values = config.model_dump(mode="json")
+    return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML with the plain values of version 1.2, `none` for null, and no duplicate keys.
+
+    PyYAML's own resolvers follow version 1.1, where 1e-4 is text, 010 is 8, 1:30 is 90 and `on` is true.
+    """
+
+    yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}  # noqa: RUF012 - PyYAML's name
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        seen = set()
+        for key_node, _ in node.value:
+            key = key_node.value
+            if key_node.tag != "tag:yaml.org,2002:str":
+                raise yaml.constructor.ConstructorError(
+                    problem="found a key that is not a name", problem_mark=key_node.start_mark
+                )
+            if key in seen:
+                raise yaml.constructor.ConstructorError(
+                    problem=f"found the key {key} a second time", problem_mark=key_node.start_mark
+                )
+            seen.add(key)
+        return super().construct_mapping(node, deep=deep)
+
+
+for _tag, _pattern, _first in (
+    ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
+    ("null", r"~|null|Null|NULL|none|None|NONE|", ["~", "n", "N", ""]),
+    ("int", r"[-+]?(0|[1-9][0-9_]*)", "-+0123456789"),
+    (
+        "float",
+        r"[-+]?(([0-9][0-9_]*\.[0-9_]*|\.[0-9]+)([eE][-+]?[0-9]+)?|[0-9]+[eE][-+]?[0-9]+|\.inf)|\.nan",
+        "-+.0123456789",
+    ),
+):
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), list(_first))
+
+
+class _Dumper(yaml.SafeDumper):
+    """One key per line, lists in one line; quotes exactly the text that `_Loader` reads as something else."""
+
+    yaml_implicit_resolvers = _Loader.yaml_implicit_resolvers
+
+    def represent_list(self, data: Iterable[Any]) -> yaml.SequenceNode:
+        return self.represent_sequence("tag:yaml.org,2002:seq", data, flow_style=True)
+
+
+_Dumper.add_representer(list, _Dumper.represent_list)
+
+
+def _load_yaml(text: str) -> Any:
+    """Parse YAML; `ValueError` with line and column when it is not."""
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
+        raise ValueError(f"{where}{error.problem or error.context}") from error
+    except yaml.YAMLError as error:  # characters that YAML does not allow
+        raise ValueError(" ".join(str(error).split())) from error
+
+
+def _read_mapping(text: str, source: str) -> dict[str, Any]:
+    try:
+        mapping = _load_yaml(text)
+    except ValueError as error:
+        raise InputError(f"{source}: not valid YAML: {error}") from error
+    if mapping is None:
+        raise InputError(f"{source}: the file is empty; state at least one key, `name: my_run` for the defaults")
+    if not isinstance(mapping, dict):
+        raise InputError(f"{source}: must be a mapping of `key: value` lines, received {_shown(mapping)}")
+    return mapping
+
+
+def _read_overrides(overrides: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
+    """Turn `a.b=value` into nested mappings; also returns one line per override that is not of that form."""
+    nested: dict[str, Any] = {}
+    problems = []
+    for override in overrides:
+        key, equals, text = (part.strip() for part in override.partition("="))
+        if not equals or not key or not text:
+            problems.append(f"{COMMAND_LINE}: {override!r}: must be key=value (key=null for no value)")
+            continue
+        try:
+            value = _load_yaml(text)
+        except ValueError as error:
+            problems.append(f"{COMMAND_LINE}: {override!r}: the value is not valid YAML: {error}")
+            continue
+        for part in reversed(key.split(".")):
+            value = {part: value}
+        nested = _merge(nested, value)
+    return nested, problems
+
+
+def _merge(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
+    """`base` with the values of `top`, section by section."""
+    merged = dict(base)
+    for key, value in top.items():
+        old = merged.get(key)
+        merged[key] = _merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+    return merged
+
+
+def _run_lengths(mapping: dict[str, Any]) -> list[str]:
+    """Which of `steps` and `epochs` the source gives."""
+    train = mapping.get("train")
+    return [key for key in ("steps", "epochs") if isinstance(train, dict) and train.get(key) is not None]
+
+
+def _given(mapping: Any, loc: Sequence[int | str]) -> Any:
+    """The value at `loc`, or the plain value or list that contains it; `_ABSENT` if the source is silent."""
+    for part in loc:
+        if not isinstance(mapping, dict):
+            break
+        mapping = mapping.get(part, _ABSENT)
+    return mapping
+
+
+def _origin(loc: Sequence[int | str], source: str, file: dict[str, Any], command_line: dict[str, Any]) -> str:
+    """Who gave the value at `loc`; both for a section that they set together."""
+    in_file, in_command_line = _given(file, loc), _given(command_line, loc)
+    if in_command_line is _ABSENT:
+        return source
+    if isinstance(in_command_line, dict) and isinstance(in_file, dict):
+        return f"{source} and {COMMAND_LINE}"
+    return COMMAND_LINE
+
+
+def _dotted(loc: Sequence[int | str]) -> str:
+    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in loc).lstrip(".")
+
+
+def _explain(item: ErrorDetails) -> str:
+    """What is wrong, what was received and what is allowed, in the words of a YAML file."""
+    match item["type"]:
+        case "extra_forbidden":
+            nearest = _nearest(_dotted(item["loc"]))
+            return f"unknown key; did you mean {' or '.join(nearest)}?" if nearest else "unknown key"
+        case "value_error":
+            return str(item["ctx"]["error"])
+        case "tuple_type":
+            allowed = "must be a list"
+        case "model_type" | "model_attributes_type":
+            allowed = "must be a section with keys of its own"
+        case _:
+            allowed = item["msg"].replace("Input should", "must").replace("Tuple should", "must")
+            allowed = allowed.replace("String should", "must").partition(" after validation")[0]
+    return f"{allowed}, received {_shown(item['input'])}"
+
+
+def _nearest(unknown: str) -> list[str]:
+    """Full paths of the keys that an unknown one may mean: the same name elsewhere, else similar spelling."""
+    known = _known_keys(Config)
+    same_name = [key for key in known if key.split(".")[-1] == unknown.split(".")[-1]]
+    return same_name[:3] or difflib.get_close_matches(unknown, known, n=1)
+
+
+def _known_keys(model: type[BaseModel], prefix: str = "") -> list[str]:
+    keys = []
+    for name, field in model.model_fields.items():
+        keys.append(prefix + name)
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            keys += _known_keys(field.annotation, f"{prefix}{name}.")
+    return keys
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(value, default=str, ensure_ascii=False)
+    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -1,0 +1,210 @@
+"""Data loading: which images make up which step, and how they become one `Batch`.
+
+The training stream is a pure function of (seed, step): it does not depend on the number of workers, and a run that
+resumes at step t sees what it would have seen. All randomness of a sample comes from a seed that travels with its
+index; the workers have no random state.
+
+Dimensions: N images of a batch, G boxes (largest count in the batch), n images in the data set.
+"""
+
+from __future__ import annotations
+
+import random
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from fpn_det.data.coco import CocoAnnotations
+from fpn_det.data.transforms import load_image
+from fpn_det.structures import Batch, Sample, Targets
+
+Transform = Callable[[Sample, random.Random], Sample]
+Key = tuple[int, int]
+"""(index of the image, seed of its augmentation)"""
+
+WINDOW_BATCHES = 16
+"""Batches of one aspect are formed among this many consecutive ones; the rest of a window is mixed."""
+
+
+class DetectionDataset(Dataset[Sample]):
+    """Images with boxes, decoded and transformed when asked for.
+
+    Args:
+        annotations: what to load.
+        transform: applied to each sample, with the random state of its key.
+    """
+
+    def __init__(self, annotations: CocoAnnotations, transform: Transform) -> None:
+        self.annotations = annotations
+        self.transform = transform
+
+    def __len__(self) -> int:
+        return len(self.annotations)
+
+    def __getitem__(self, key: Key) -> Sample:
+        """The sample of `key`; raises InputError for an image that cannot be decoded."""
+        index, seed = key
+        h, w = self.annotations.sizes[index].tolist()
+        boxes, labels = self.annotations.targets(index)
+        sample = Sample(
+            image=load_image(self.annotations.path(index), size=(h, w)),
+            boxes=boxes,
+            labels=labels,
+            image_id=int(self.annotations.image_ids[index]),
+            original_size=(h, w),
+        )
+        return self.transform(sample, random.Random(seed))
+
+
+class TrainSampler(Sampler[list[Key]]):
+    """Endless micro-batches of one process, in the order of the steps.
+
+    The stream of images is one permutation after the other, so every image is seen once per epoch and there is no
+    boundary at which workers would restart. Within each window of `WINDOW_BATCHES` steps, landscape and portrait
+    images are put into separate batches (less padding), and the batches shuffled.
+
+    Args:
+        sizes: (n, 2) (h, w) of the images.
+        batch_size: images per step over all processes and micro-batches.
+        seed: of the run.
+        start_step: the first step to yield.
+        rank, world_size: this process among all.
+        accumulate: micro-batches per step and process.
+        group_by_aspect: whether to separate landscape from portrait.
+    """
+
+    def __init__(
+        self,
+        sizes: torch.Tensor,
+        *,
+        batch_size: int,
+        seed: int,
+        start_step: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        accumulate: int = 1,
+        group_by_aspect: bool = True,
+    ) -> None:
+        self.portrait = (sizes[:, 0] > sizes[:, 1]).numpy() & group_by_aspect
+        self.batch_size = batch_size
+        self.seed = seed
+        self.start_step = start_step
+        self.rank = rank
+        self.accumulate = accumulate
+        self.micro_batch_size = batch_size // (world_size * accumulate)
+        self.permutation = lru_cache(maxsize=2)(self._permutation)
+        assert self.micro_batch_size * world_size * accumulate == batch_size, "batch size does not divide"
+
+    def __iter__(self) -> Iterator[list[Key]]:
+        step = self.start_step
+        window = self.window(step // WINDOW_BATCHES)
+        while True:
+            keys = window[step % WINDOW_BATCHES]
+            for micro in range(self.accumulate):
+                start = (self.rank * self.accumulate + micro) * self.micro_batch_size
+                yield keys[start : start + self.micro_batch_size]
+            step += 1
+            if step % WINDOW_BATCHES == 0:
+                window = self.window(step // WINDOW_BATCHES)
+
+    def window(self, number: int) -> list[list[Key]]:
+        """The global batches of steps `number * WINDOW_BATCHES` onward."""
+        n, length = len(self.portrait), WINDOW_BATCHES * self.batch_size
+        positions = np.arange(number * length, (number + 1) * length)
+        indices = np.array([self.permutation(p // n)[p % n] for p in positions])
+        # Positive, as random.Random takes the absolute value.
+        seeds = np.random.SeedSequence((self.seed, 1, number)).generate_state(length, np.uint64)
+        order = np.argsort(self.portrait[indices], kind="stable")
+        batches = np.random.default_rng((self.seed, 2, number)).permutation(order.reshape(-1, self.batch_size))
+        return [[(int(indices[i]), int(seeds[i])) for i in batch] for batch in batches]
+
+    def _permutation(self, epoch: int) -> np.ndarray:
+        return np.random.default_rng((self.seed, 0, epoch)).permutation(len(self.portrait))
+
+
+class TestSampler(Sampler[list[Key]]):
+    """Every image once over all processes, in batches of similar aspect.
+
+    The batches do not depend on the number of processes (padding is part of what the network sees), only their
+    distribution does, so results are the same for any number.
+
+    Args:
+        sizes: (n, 2) (h, w) of the images.
+        batch_size: images per batch.
+        rank, world_size: this process among all.
+    """
+
+    __test__ = False  # not a pytest class
+
+    def __init__(self, sizes: torch.Tensor, *, batch_size: int, rank: int = 0, world_size: int = 1) -> None:
+        order = (sizes[:, 1] / sizes[:, 0]).argsort(stable=True).tolist()
+        batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+        self.batches = batches[rank::world_size]
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[list[Key]]:
+        for batch in self.batches:
+            yield [(index, 0) for index in batch]
+
+
+def collate(samples: Sequence[Sample], size_divisor: int = 32) -> Batch:
+    """Pad samples to one size and one box count.
+
+    Args:
+        samples: N samples of any sizes.
+        size_divisor: height and width of the batch are multiples of this, the coarsest stride of the backbone.
+    """
+    n = len(samples)
+    sizes = torch.tensor([tuple(s.image.shape[1:]) for s in samples])
+    h, w = ((sizes.amax(0) + size_divisor - 1) // size_divisor * size_divisor).tolist()
+    g = max(len(s.boxes) for s in samples)
+    images = torch.zeros((n, 3, h, w), dtype=torch.uint8)
+    boxes = torch.zeros((n, g, 4))
+    labels = torch.zeros((n, g), dtype=torch.int64)
+    valid = torch.zeros((n, g), dtype=torch.bool)
+    for i, s in enumerate(samples):
+        images[i, :, : s.image.shape[1], : s.image.shape[2]] = s.image
+        boxes[i, : len(s.boxes)] = s.boxes
+        labels[i, : len(s.boxes)] = s.labels
+        valid[i, : len(s.boxes)] = True
+    return Batch(
+        images=images,
+        sizes=sizes,
+        targets=Targets(boxes=boxes, labels=labels, valid=valid),
+        image_ids=torch.tensor([s.image_id for s in samples]),
+        original_sizes=torch.tensor([s.original_size for s in samples]),
+    )
+
+
+def make_loader(
+    dataset: DetectionDataset, sampler: TrainSampler | TestSampler, *, num_workers: int, pin_memory: bool
+) -> DataLoader[Sample]:
+    """A loader that yields `Batch`es; its workers, if any, live as long as its iterator.
+
+    Args:
+        dataset: what to load.
+        sampler: which images make up which batch.
+        num_workers: processes that load; 0 loads in the calling process.
+        pin_memory: whether batches come in page-locked memory (for a GPU).
+    """
+    return DataLoader(
+        dataset,
+        batch_sampler=sampler,
+        num_workers=num_workers,
+        collate_fn=collate,
+        pin_memory=pin_memory,
+        persistent_workers=num_workers > 0,
+        worker_init_fn=_leave_signals_to_parent,
+    )
+
+
+def _leave_signals_to_parent(worker_id: int) -> None:
+    """Ctrl-C reaches all processes of a terminal; the workers must outlive the step that the main one finishes."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -1,0 +1,1 @@
+"""Training and evaluation: the loop and what it needs."""

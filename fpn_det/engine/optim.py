@@ -1,0 +1,83 @@
+"""Optimisers, the learning-rate schedule and its scaling with the batch."""
+
+from __future__ import annotations
+
+import bisect
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
+
+NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm)
+
+
+def make_optimizer(
+    model: nn.Module,
+    *,
+    kind: str,
+    lr: float,
+    momentum: float,
+    weight_decay: float,
+    norm_weight_decay: float,
+) -> torch.optim.Optimizer:
+    """An optimiser over the trainable parameters, with a decay of its own for the affine parameters of norms.
+
+    Args:
+        model: the detector.
+        kind: `sgd` or `adamw`.
+        lr: learning rate at the peak of the schedule.
+        momentum: of SGD; AdamW keeps its betas (0.9, 0.999).
+        weight_decay: of weights and biases.
+        norm_weight_decay: of the scales and shifts of normalisation layers.
+    """
+    norm_ids = {id(p) for m in model.modules() if isinstance(m, NORMS) for p in m.parameters(recurse=False)}
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trainable if id(p) not in norm_ids], "weight_decay": weight_decay},
+        {"params": [p for p in trainable if id(p) in norm_ids], "weight_decay": norm_weight_decay},
+    ]
+    groups = [group for group in groups if group["params"]]
+    if kind == "sgd":
+        return torch.optim.SGD(groups, lr=lr, momentum=momentum)
+    if kind == "adamw":
+        return torch.optim.AdamW(groups, lr=lr)
+    raise ValueError(f"kind must be 'sgd' or 'adamw', not {kind!r}")
+
+
+def lr_factor(
+    step: int,
+    *,
+    num_steps: int,
+    schedule: str,
+    milestones: Sequence[float],
+    gamma: float,
+    warmup_steps: int,
+    warmup_factor: float,
+) -> float:
+    """What the peak learning rate is multiplied by at `step`: a pure function, so that a resumed run needs no state.
+
+    Args:
+        step: 0..num_steps - 1.
+        num_steps: length of the run.
+        schedule: `step` (times `gamma` at each milestone) or `cosine` (to zero at the end).
+        milestones: fractions of the run, ascending.
+        gamma: factor per milestone.
+        warmup_steps: steps of linear warm-up, on top of the schedule.
+        warmup_factor: where the warm-up begins.
+    """
+    if schedule == "cosine":
+        factor = 0.5 * (1 + math.cos(math.pi * step / num_steps))
+    elif schedule == "step":
+        factor = gamma ** bisect.bisect_right([round(m * num_steps) for m in milestones], step)
+    else:
+        raise ValueError(f"schedule must be 'step' or 'cosine', not {schedule!r}")
+    if step < warmup_steps:
+        factor *= warmup_factor + (1 - warmup_factor) * step / warmup_steps
+    return factor
+
+
+def scaled_lr(lr: float, *, batch_size: int, base_batch_size: int) -> float:
+    """The learning rate for the actual batch size (linear scaling rule, Goyal et al., arXiv 1706.02677)."""
+    return lr * batch_size / base_batch_size

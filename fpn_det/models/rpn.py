@@ -1,0 +1,191 @@
+"""Region Proposal Network over a pyramid (arXiv 1506.01497, section 3.1; arXiv 1612.03144, section 4.1).
+
+One head serves all levels. Three verbs: `forward` computes, `loss` compares with samples, `propose` decodes.
+
+Dimensions: N images, A anchors (A_l of a level, A of all), S sampled anchors per image, P proposals per image.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import binary_cross_entropy_with_logits, smooth_l1_loss
+
+from fpn_det import boxes as box_ops
+from fpn_det.models.anchors import Anchors
+from fpn_det.models.matching import match, sample
+from fpn_det.models.nms import grouped_nms
+from fpn_det.structures import Proposals, Targets
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AnchorSamples:
+    """The anchors that a step trains on.
+
+    Attributes:
+        index: (N, S) int64 into the anchors of all levels.
+        is_positive: (N, S) bool.
+        valid: (N, S) bool.
+        deltas: (N, S, 4) float32, from the anchor to its ground truth; zeros unless positive.
+    """
+
+    index: Tensor
+    is_positive: Tensor
+    valid: Tensor
+    deltas: Tensor
+
+
+class RPNHead(nn.Module):
+    """3x3 convolution and ReLU, then an objectness logit and four deltas per anchor, shared by all levels.
+
+    Args:
+        channels: of every level.
+        num_anchors: per location.
+    """
+
+    def __init__(self, *, channels: int, num_anchors: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, kernel_size=3, padding=1)
+        self.objectness = nn.Conv2d(channels, num_anchors, kernel_size=1)
+        self.deltas = nn.Conv2d(channels, num_anchors * 4, kernel_size=1)
+        for conv in (self.conv, self.objectness, self.deltas):
+            nn.init.normal_(conv.weight, std=0.01)
+            conv.bias.data.zero_()  # type: ignore[union-attr]
+
+    def forward(self, features: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """Per level: (N, A_l) logits and (N, A_l, 4) deltas, in the order (row, column, ratio) of the anchors."""
+        logits, deltas = [], []
+        for feature in features:
+            hidden = self.conv(feature).relu()
+            logits.append(self.objectness(hidden).permute(0, 2, 3, 1).flatten(1))
+            deltas.append(self.deltas(hidden).permute(0, 2, 3, 1).reshape(len(feature), -1, 4))
+        return logits, deltas
+
+
+class RPN(nn.Module):
+    """Anchors, head, and what training and proposing need.
+
+    Args:
+        head: logits and deltas from features.
+        anchors: one (A_l, 4) per level from the shapes of the features.
+        positive_iou, negative_iou: anchors from / below this IoU are positive / negative; those between are ignored.
+        min_match_iou: the best anchors of a ground truth are positive too if they overlap it by this much.
+        num_samples, positive_fraction: anchors per image that a step trains on, and the largest share of positives.
+        smooth_l1_beta: where the box loss turns from quadratic to linear; 0 is L1.
+        pre_nms_top_k_train, pre_nms_top_k_test: best anchors per level that enter NMS.
+        post_nms_top_k_train, post_nms_top_k_test: P, proposals per image over all levels.
+        nms_thresh: IoU of NMS, within each level.
+        min_size: proposals must be wider and higher than this many pixels.
+    """
+
+    def __init__(
+        self,
+        *,
+        head: RPNHead,
+        anchors: Anchors,
+        positive_iou: float = 0.7,
+        negative_iou: float = 0.3,
+        min_match_iou: float = 0.0,
+        num_samples: int = 256,
+        positive_fraction: float = 0.5,
+        smooth_l1_beta: float = 0.0,
+        pre_nms_top_k_train: int = 2000,
+        pre_nms_top_k_test: int = 1000,
+        post_nms_top_k_train: int = 1000,
+        post_nms_top_k_test: int = 1000,
+        nms_thresh: float = 0.7,
+        min_size: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.head = head
+        self.anchors = anchors
+        self.positive_iou = positive_iou
+        self.negative_iou = negative_iou
+        self.min_match_iou = min_match_iou
+        self.num_samples = num_samples
+        self.positive_fraction = positive_fraction
+        self.smooth_l1_beta = smooth_l1_beta
+        self.pre_nms_top_k = {True: pre_nms_top_k_train, False: pre_nms_top_k_test}
+        self.post_nms_top_k = {True: post_nms_top_k_train, False: post_nms_top_k_test}
+        self.nms_thresh = nms_thresh
+        self.min_size = min_size
+
+    def forward(self, features: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        """Per level: (N, A_l) float32 logits, (N, A_l, 4) float32 deltas, (A_l, 4) float32 anchors."""
+        logits, deltas = self.head(features)
+        anchors = self.anchors([(f.shape[-2], f.shape[-1]) for f in features])
+        return [x.float() for x in logits], [x.float() for x in deltas], anchors
+
+    @torch.no_grad()
+    def sample(self, anchors: Sequence[Tensor], targets: Targets) -> AnchorSamples:
+        """Match the anchors of all levels with the ground truth and choose some at random."""
+        all_anchors = torch.cat(list(anchors))
+        matches = match(all_anchors, targets, min_best_iou=self.min_match_iou)
+        positive = (matches.iou >= self.positive_iou) | matches.is_best
+        negative = (matches.iou < self.negative_iou) & ~positive
+        index, is_positive, valid = sample(
+            positive, negative, num=self.num_samples, positive_fraction=self.positive_fraction
+        )
+        if targets.boxes.shape[1] == 0:
+            deltas = torch.zeros((*index.shape, 4), device=index.device)
+        else:
+            gt_index = matches.gt_index.gather(1, index)
+            gt_boxes = targets.boxes.gather(1, gt_index[:, :, None].expand(-1, -1, 4))
+            deltas = box_ops.encode(gt_boxes, all_anchors[index])
+            deltas = torch.where(is_positive[:, :, None], deltas, 0)
+        return AnchorSamples(index=index, is_positive=is_positive, valid=valid, deltas=deltas)
+
+    def loss(self, logits: Sequence[Tensor], deltas: Sequence[Tensor], samples: AnchorSamples) -> dict[str, Tensor]:
+        """Binary cross-entropy and (smooth) L1 over the samples, both divided by N * `num_samples`.
+
+        A constant divisor: an image with few samples weighs as little as it knows.
+        """
+        index = samples.index
+        picked_logits = torch.cat(list(logits), dim=1).gather(1, index)
+        picked_deltas = torch.cat(list(deltas), dim=1).gather(1, index[:, :, None].expand(-1, -1, 4))
+        objectness = binary_cross_entropy_with_logits(
+            picked_logits, samples.is_positive.float(), weight=samples.valid.float(), reduction="sum"
+        )
+        box = smooth_l1_loss(picked_deltas, samples.deltas, beta=self.smooth_l1_beta, reduction="none")
+        box = (box * samples.is_positive[:, :, None]).sum()
+        divisor = self.num_samples * len(index)
+        return {"rpn_objectness": objectness / divisor, "rpn_box": box / divisor}
+
+    @torch.no_grad()
+    def propose(
+        self, logits: Sequence[Tensor], deltas: Sequence[Tensor], anchors: Sequence[Tensor], sizes: Tensor
+    ) -> Proposals:
+        """The best boxes after decoding, clipping and NMS within each level.
+
+        The best anchors are selected before decoding, so only those are decoded.
+
+        Args:
+            logits, deltas, anchors: as from `forward`.
+            sizes: (N, 2) (h, w) of the images without padding.
+        """
+        level_boxes, level_logits, level_ids = [], [], []
+        for level, (logit, delta, anchor) in enumerate(zip(logits, deltas, anchors, strict=True)):
+            top_k = min(self.pre_nms_top_k[self.training], logit.shape[1])
+            top_logit, index = logit.detach().topk(top_k, dim=1)
+            top_delta = delta.detach().gather(1, index[:, :, None].expand(-1, -1, 4))
+            level_boxes.append(box_ops.clip(box_ops.decode(top_delta, anchor[index]), sizes[:, None]))
+            level_logits.append(top_logit)
+            level_ids.append(torch.full_like(index, level))
+        boxes, all_logits, groups = torch.cat(level_boxes, 1), torch.cat(level_logits, 1), torch.cat(level_ids, 1)
+        valid = box_ops.nonempty(boxes, self.min_size) & all_logits.isfinite()
+        index, kept = grouped_nms(
+            boxes,
+            all_logits,
+            groups,
+            valid,
+            iou_thresh=self.nms_thresh,
+            top_k=min(self.post_nms_top_k[self.training], boxes.shape[1]),
+        )
+        return Proposals(
+            boxes=boxes.gather(1, index[:, :, None].expand(-1, -1, 4)) * kept[:, :, None],
+            scores=all_logits.gather(1, index).sigmoid() * kept,
+            valid=kept,
+        )

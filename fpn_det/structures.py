@@ -1,0 +1,149 @@
+"""What travels between the data, the model and the evaluation.
+
+Shapes are fixed on the device; raggedness ends in `fpn_det.data.loader.collate`.
+
+Dimensions: N images, G ground-truth boxes (the batch's largest count), P proposals, D detections of one image.
+Boxes are XYXY, absolute and continuous, in pixels: width = x2 - x1. Sizes are (height, width).
+Labels are class indices 0..K-1; the data set's own category ids appear only where files are read and written.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Self
+
+import torch
+from torch import Tensor
+
+
+class InputError(ValueError):
+    """Something the user gave (config, data, checkpoint, path) cannot be used.
+
+    The message is one that a user can act on: it names the thing, the value received and the way out.
+    The command-line tools print it without a traceback and exit with code 2.
+    """
+
+
+@dataclass(frozen=True, slots=True)
+class Categories:
+    """The one map between a data set's categories and the class indices 0..K-1; stored in every checkpoint.
+
+    Attributes:
+        ids: the data set's category ids, ascending; class index = position. Any integers, holes allowed.
+        names: the names, in the same order.
+    """
+
+    ids: tuple[int, ...]
+    names: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def state_dict(self) -> list[dict[str, int | str]]:
+        """The map as plain data, one entry per class."""
+        return [{"index": i, "id": self.ids[i], "name": self.names[i]} for i in range(len(self))]
+
+    @classmethod
+    def from_state_dict(cls, state: list[dict[str, int | str]]) -> Self:
+        """Inverse of `state_dict`."""
+        return cls(tuple(int(c["id"]) for c in state), tuple(str(c["name"]) for c in state))
+
+
+class _TensorFields:
+    """Device moves for the dataclasses below, all of whose fields are tensors or such dataclasses."""
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Self:
+        """Return a copy whose tensors lie on `device`."""
+        moved = {f.name: getattr(self, f.name).to(device, non_blocking=non_blocking) for f in fields(self)}  # type: ignore[arg-type]
+        return type(self)(**moved)
+
+    def pin_memory(self) -> Self:
+        """Return a copy in page-locked memory (`DataLoader(pin_memory=True)` calls this)."""
+        return type(self)(**{f.name: getattr(self, f.name).pin_memory() for f in fields(self)})  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sample:
+    """One image with its boxes, as it comes out of the transforms.
+
+    Attributes:
+        image: (3, H, W) uint8, RGB.
+        boxes: (G, 4) float32, in the frame of `image`.
+        labels: (G,) int64, 0..K-1.
+        image_id: the data set's own id of the image.
+        original_size: (h, w) of the image file as a viewer shows it, before resizing.
+    """
+
+    image: Tensor
+    boxes: Tensor
+    labels: Tensor
+    image_id: int
+    original_size: tuple[int, int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Targets(_TensorFields):
+    """Ground truth of a batch, padded to the same count per image.
+
+    Attributes:
+        boxes: (N, G, 4) float32, in the frame of the resized images; zeros where not valid.
+        labels: (N, G) int64, 0..K-1; zeros where not valid.
+        valid: (N, G) bool; False marks padding. G may be 0.
+    """
+
+    boxes: Tensor
+    labels: Tensor
+    valid: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch(_TensorFields):
+    """Images of one step on one device, with their targets.
+
+    Attributes:
+        images: (N, 3, H, W) uint8, RGB, zero-padded at the right and the bottom to a common size.
+        sizes: (N, 2) int64, (h, w) of each image before padding.
+        targets: ground truth in the frame of `images`.
+        image_ids: (N,) int64, the data set's own ids.
+        original_sizes: (N, 2) int64, (h, w) of the image files.
+    """
+
+    images: Tensor
+    sizes: Tensor
+    targets: Targets
+    image_ids: Tensor
+    original_sizes: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Proposals(_TensorFields):
+    """Output of the region proposal network, detached from the graph.
+
+    Attributes:
+        boxes: (N, P, 4) float32, in the frame of the resized images, clipped to them; zeros where not valid.
+        scores: (N, P) float32 objectness in 0..1, descending; zeros where not valid.
+        valid: (N, P) bool; False marks padding.
+    """
+
+    boxes: Tensor
+    scores: Tensor
+    valid: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Detections(_TensorFields):
+    """Final detections of one image, sorted by descending score.
+
+    Attributes:
+        boxes: (D, 4) float32. `FasterRCNN.predict` gives them in the frame of the resized image,
+            `fpn_det.engine.evaluate.detect` in that of the original image.
+        scores: (D,) float32 in 0..1.
+        labels: (D,) int64, 0..K-1.
+    """
+
+    boxes: Tensor
+    scores: Tensor
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return self.boxes.shape[0]

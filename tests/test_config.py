@@ -1,0 +1,364 @@
+"""The configuration: defaults, merging of file and command line, error messages, and the shipped files."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from fpn_det.config import (
+    BackboneConfig,
+    Config,
+    DataConfig,
+    SplitConfig,
+    TrainConfig,
+    dump_config,
+    load_config,
+    parse_config,
+)
+from fpn_det.structures import InputError
+
+CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
+
+
+def write(folder: Path, text: str, name: str = "mine.yaml") -> Path:
+    path = folder / name
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def problems(text: str, *overrides: str) -> list[str]:
+    with pytest.raises(InputError) as caught:
+        parse_config(text, source="f.yaml", overrides=overrides)
+    return str(caught.value).split("\n")
+
+
+def leaves(mapping: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in mapping.items():
+        if isinstance(value, dict):
+            yield from leaves(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
+
+
+# Defaults and shape of the schema
+
+
+def test_defaults_are_the_1x_coco_recipe():
+    config = parse_config("name: x", source="f.yaml")
+    assert (config.train.steps, config.train.epochs, config.train.batch_size) == (90_000, None, 16)
+    assert [round(90_000 * m) for m in config.optim.milestones] == [60_000, 80_000]
+    assert config.data.short_sides == (640, 672, 704, 736, 768, 800)
+    assert config.data.train.images == Path("data/coco/train2017")
+    assert config.data.val.annotations == Path("data/coco/annotations/instances_val2017.json")
+    assert config.model.anchors.sizes == (32, 64, 128, 256, 512)
+    assert config.optim.lr == 0.02
+    assert Config(name="x") == config
+
+
+def test_every_model_is_frozen_and_described():
+    def check(section: BaseModel) -> int:
+        count = 1
+        assert type(section).model_config["extra"] == "forbid"
+        for name, field in type(section).model_fields.items():
+            value = getattr(section, name)
+            assert field.description, f"{type(section).__name__}.{name} has no description"
+            assert not isinstance(value, (list, dict, set))
+            with pytest.raises(ValidationError, match="frozen"):
+                setattr(section, name, value)
+            if isinstance(value, BaseModel):
+                count += check(value)
+        return count
+
+    assert check(Config()) == 13
+    assert isinstance(hash(Config()), int)
+
+
+def test_python_construction_keeps_the_rules():
+    assert DataConfig(val=SplitConfig(images=Path("a"), annotations=Path("b"))).val.images == Path("a")
+    with pytest.raises(ValidationError, match="would never normalise"):
+        BackboneConfig(weights=None, frozen_stages=0)
+    with pytest.raises(ValidationError, match="exclude each other"):
+        TrainConfig(steps=3, epochs=1)
+
+
+# Reading
+
+
+def test_values_are_converted_only_where_nothing_is_lost():
+    text = "optim: {lr: 1e-4, clip_norm: 10}\ndata: {short_sides: [320, 480], val: {images: a b}}\nseed: 9_0"
+    config = parse_config(text, source="f.yaml")
+    assert config.optim.lr == 1e-4
+    assert config.optim.clip_norm == 10.0
+    assert isinstance(config.optim.clip_norm, float)
+    assert config.data.short_sides == (320, 480)
+    assert config.data.val.images == Path("a b")
+    assert config.data.val.annotations == Config().data.val.annotations
+    assert config.seed == 90
+
+
+@pytest.mark.parametrize("written", ["1e-4", "1E-4", "1.0e-4", "0.0001", "+.0001", "1e-04", ".1e-3", "10_0.0e-6"])
+def test_numbers_in_any_notation(written: str):
+    assert parse_config(f"optim: {{lr: {written}}}", source="f").optim.lr == pytest.approx(1e-4, rel=1e-12)
+    config = parse_config("seed: 0", source="f", overrides=[f"optim.lr={written}"])
+    assert config.optim.lr == pytest.approx(1e-4, rel=1e-12)
+
+
+@pytest.mark.parametrize("word", ["none", "None", "null", "~"])
+def test_none_is_null_in_both_sources(word: str):
+    body = f"{{weights: {word}, norm: bn, frozen_stages: 0}}"
+    assert parse_config(f"model: {{backbone: {body}}}", source="f").model.backbone.weights is None
+    overrides = [
+        f"model.backbone.weights={word}",
+        "model.backbone.norm=gn",
+        "model.backbone.frozen_stages=0",
+    ]
+    assert parse_config("seed: 0", source="f", overrides=overrides).model.backbone.weights is None
+
+
+@pytest.mark.parametrize("stem", ["mine", "2024-01-01", "on", "none", "1e-4", "1:30", "010"])
+def test_name_is_the_stem_and_survives_the_round_trip(tmp_path: Path, stem: str):
+    config = load_config(write(tmp_path, "seed: 3", f"{stem}.yaml"))
+    assert config.name == stem
+    assert load_config(write(tmp_path, dump_config(config), "other.yaml")) == config
+
+
+def test_stated_name_wins(tmp_path: Path):
+    assert load_config(write(tmp_path, "name: given")).name == "given"
+    assert load_config(write(tmp_path, "name: given"), ["name=later"]).name == "later"
+
+
+def test_overrides():
+    config = parse_config(
+        "data: {val: {images: from_file, annotations: from_file.json}}\noptim: {lr: 5}",
+        source="f.yaml",
+        overrides=[
+            "model.anchors.sizes=[8,16,32,64,128]",
+            "data.val={annotations: new.json}",
+            "optim.lr = 1",
+            "optim.lr=2",
+            "data.train.images=a=b",
+        ],
+    )
+    assert config.model.anchors.sizes == (8, 16, 32, 64, 128)
+    assert config.data.val == SplitConfig(images=Path("from_file"), annotations=Path("new.json"))
+    assert config.optim.lr == 2
+    assert config.data.train.images == Path("a=b")
+
+
+def test_dump_is_complete_and_loads_to_an_equal_config(tmp_path: Path):
+    overrides = ["train.epochs=0.5", "optim.lr=3.3e-7", 'data.val.images="ü: #z"', "data.short_sides=[8]"]
+    config = load_config(write(tmp_path, "seed: 1"), overrides)
+    text = dump_config(config)
+    assert load_config(write(tmp_path, text, "other.yaml")) == config
+    stated = dict(leaves(yaml.safe_load(text)))
+    assert stated.keys() == dict(leaves(config.model_dump())).keys()
+    assert stated["data.val.images"] == "ü: #z"
+    assert load_config(write(tmp_path, dump_config(Config()))) == Config()
+
+
+# Length of the run
+
+
+@pytest.mark.parametrize(
+    ("text", "overrides", "expected"),
+    [
+        ("seed: 0", [], (90_000, None)),
+        ("train: {batch_size: 8}", [], (90_000, None)),
+        ("train: {epochs: 12}", [], (None, 12)),
+        ("train: {steps: 7, epochs: null}", [], (7, None)),
+        ("train: {epochs: 12}", ["train.steps=20"], (20, None)),
+        ("train: {steps: 7, epochs: null}", ["train.epochs=2"], (None, 2)),
+        ("train: {epochs: 12}", ["train={steps: 20}"], (20, None)),
+        ("train: {epochs: 12}", ["train.epochs=null"], (90_000, None)),
+        ("train: {epochs: 12}", ["train.epochs=3"], (None, 3)),
+        ("seed: 0", ["train.epochs=3"], (None, 3)),
+    ],
+)
+def test_steps_and_epochs(text: str, overrides: list[str], expected: tuple[int | None, float | None]):
+    train = parse_config(text, source="f.yaml", overrides=overrides).train
+    assert (train.steps, train.epochs) == expected
+
+
+def test_steps_and_epochs_in_one_source():
+    assert problems("train: {steps: 7, epochs: 12}") == [
+        "f.yaml: train: steps and epochs are both given; give one of them"
+    ]
+    assert problems("train: {steps: 7}", "train.steps=1", "train.epochs=2") == [
+        "command line: train: steps and epochs are both given; give one of them"
+    ]
+    assert problems("train: {steps: 7, epochs: 12}", "train.steps=1") == [
+        "f.yaml: train: steps and epochs are both given; give one of them"
+    ]
+
+
+# Refusals
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("optim.lrr=1", "optim.lrr: unknown key; did you mean optim.lr?"),
+        ("roi_head.nms_thresh=1", "roi_head: unknown key; did you mean model.roi_head?"),
+        ("optm.lr=1", "optm: unknown key; did you mean optim?"),
+        ("lr=1", "lr: unknown key; did you mean optim.lr?"),
+        ("batch_size=1", "batch_size: unknown key; did you mean train.batch_size or eval.batch_size?"),
+        ("zzzzqq=1", "zzzzqq: unknown key"),
+        ("optim.lr='3'", 'optim.lr: must be a valid number, received "3"'),
+        ("optim.lr=true", "optim.lr: must be a valid number, received true"),
+        ("optim.lr=0", "optim.lr: must be greater than 0, received 0"),
+        ("optim.lr.x=0", 'optim.lr: must be a valid number, received {"x": 0}'),
+        ("optim.momentum=.inf", "optim.momentum: must be a finite number, received Infinity"),
+        ("optim.milestones=[0.5,0.5]", "optim.milestones: must increase, received [0.5, 0.5]"),
+        ("optim.milestones=[0.5,1]", "optim.milestones[1]: must be less than 1, received 1"),
+        ("train.steps=true", "train.steps: must be a valid integer, received true"),
+        ("train.steps=1.5", "train.steps: must be a valid integer, received 1.5"),
+        ("train.steps=0", "train.steps: must be greater than or equal to 1, received 0"),
+        ("train.precision=fp16", "train.precision: must be 'fp32' or 'bf16', received \"fp16\""),
+        ("name=5", "name: must be a valid string, received 5"),
+        ("name=a/b", "name: must not contain a slash, received 'a/b'"),
+        ("data.val.images=5", "data.val.images: must be a valid string, received 5"),
+        ("data.keep_empty=yes", 'data.keep_empty: must be a valid boolean, received "yes"'),
+        ("data.keep_empty=1", "data.keep_empty: must be a valid boolean, received 1"),
+        ("data.short_sides=800", "data.short_sides: must be a list, received 800"),
+        ("data.short_sides=[]", "data.short_sides: must have at least 1 item, received []"),
+        ("model=null", "model: must be a section with keys of its own, received null"),
+        (
+            "model.anchors.sizes=[8,16]",
+            "model.anchors.sizes: must have at least 5 items, received [8, 16]",
+        ),
+        (
+            "model.backbone.frozen_stages=6",
+            "model.backbone.frozen_stages: must be less than or equal to 5, received 6",
+        ),
+        (
+            "data.long_side=799",
+            "data: long_side 799 is less than the largest short side 800: raise long_side",
+        ),
+        (
+            "model.rpn.negative_iou=0.8",
+            "model.rpn: negative_iou 0.8 exceeds positive_iou 0.7: an anchor would be both; lower negative_iou",
+        ),
+        ("train.accumulate=3", "train: accumulate 3 does not divide batch_size 16"),
+        ("nothing", "'nothing': must be key=value (key=null for no value)"),
+        ("=1", "'=1': must be key=value (key=null for no value)"),
+        ("optim.lr=", "'optim.lr=': must be key=value (key=null for no value)"),
+    ],
+)
+def test_command_line_refusals(override: str, message: str):
+    assert problems("seed: 0", override) == [f"command line: {message}"]
+
+
+def test_override_that_is_not_yaml():
+    (problem,) = problems("seed: 0", "optim.milestones=[0.5")
+    assert problem.startswith("command line: 'optim.milestones=[0.5': the value is not valid YAML: line 1, col")
+
+
+def test_scratch_needs_a_norm_that_learns_and_no_frozen_stage():
+    (both,) = problems("model: {backbone: {weights: none}}")
+    assert both.startswith("f.yaml: model.backbone: weights is none and norm is frozen_bn")
+    assert "set norm to bn, sync_bn or gn, or give weights" in both
+    assert "set frozen_stages to 0, or give weights" in both
+    (norm,) = problems("model: {backbone: {weights: none, frozen_stages: 0}}")
+    assert "frozen_stages" not in norm
+    (stages,) = problems("model: {backbone: {weights: none, norm: gn}}")
+    assert "frozen_stages is 2, which would freeze random layers" in stages
+    assert "norm" not in stages
+    parse_config("model: {backbone: {weights: none, norm: gn, frozen_stages: 0}}", source="f")
+
+
+def test_all_problems_at_once_each_with_its_source():
+    text = "optim: {lrr: 1, gamma: 2}\nmodel: {backbone: {norm: bn, frozen_stages: 0}}\ntrain: {steps: x}"
+    assert sorted(problems(text, "seed=-1", "train.steps=y", "noequals")) == [
+        "command line: 'noequals': must be key=value (key=null for no value)",
+        "command line: seed: must be greater than or equal to 0, received -1",
+        'command line: train.steps: must be a valid integer, received "y"',
+        "f.yaml: optim.gamma: must be less than or equal to 1, received 2",
+        "f.yaml: optim.lrr: unknown key; did you mean optim.lr?",
+    ]
+
+
+def test_contradiction_between_the_sources_names_both():
+    text = "model: {backbone: {weights: none, norm: bn, frozen_stages: 0}}"
+    (problem,) = problems(text, "model.backbone.norm=frozen_bn")
+    assert problem.startswith("f.yaml and command line: model.backbone: weights is none")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "f.yaml: the file is empty; state at least one key, `name: my_run` for the defaults"),
+        ("# only a comment\n", "f.yaml: the file is empty; state at least one key"),
+        ("- 1\n- 2\n", "f.yaml: must be a mapping of `key: value` lines, received [1, 2]"),
+        ("just words", 'f.yaml: must be a mapping of `key: value` lines, received "just words"'),
+        ("seed: 0\nseed: 1\n", "f.yaml: not valid YAML: line 2, column 1: found the key seed a second time"),
+        (
+            "optim:\n  lr: 1\n  gamma: 1\n  lr: 2\n",
+            "f.yaml: not valid YAML: line 4, column 3: found the key lr a second time",
+        ),
+        ("1: 2", "f.yaml: not valid YAML: line 1, column 1: found a key that is not a name"),
+        ("? [a]\n: 2", "f.yaml: not valid YAML: line 1, column 3: found a key that is not a name"),
+        ("seed: 0\noptim: {lr: 1\ntrain: 2", "f.yaml: not valid YAML: line 3, column 6: "),
+        ("seed: \x00", "f.yaml: not valid YAML: unacceptable character"),
+        ("optim: 5", "f.yaml: optim: must be a section with keys of its own, received 5"),
+        ("optim:\n", "f.yaml: optim: must be a section with keys of its own, received null"),
+        ("optim: {lr: 010}", 'f.yaml: optim.lr: must be a valid number, received "010"'),
+        ("train: 5", "f.yaml: train: must be a section with keys of its own, received 5"),
+        ("seed: !!python/name:os.system x", "f.yaml: not valid YAML: line 1, column 7: could not determine"),
+    ],
+)
+def test_file_refusals(text: str, message: str):
+    (problem,) = problems(text)
+    assert problem.startswith(message)
+
+
+def test_file_that_cannot_be_read(tmp_path: Path):
+    with pytest.raises(InputError, match=r"nowhere\.yaml: no such file"):
+        load_config(tmp_path / "nowhere.yaml")
+    with pytest.raises(InputError, match="cannot be read as a text file"):
+        load_config(tmp_path)
+    (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(InputError, match=r"binary\.yaml: cannot be read as a text file"):
+        load_config(tmp_path / "binary.yaml")
+
+
+# The shipped files
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_shipped_config(path: Path, tmp_path: Path):
+    config = load_config(path)
+    assert config.name == path.stem
+    assert (config.train.steps is None) != (config.train.epochs is None)
+    assert load_config(write(tmp_path, dump_config(config))) == config
+
+    text = path.read_text(encoding="utf-8")
+    for word in (f"--config configs/{path.name}", "torchrun", "# Cost:", "# Box AP"):
+        assert word in text
+    defaults, values = (dict(leaves(c.model_dump(mode="json"))) for c in (Config(), config))
+    for key in dict(leaves(yaml.safe_load(text))):
+        assert values[key] != defaults[key], f"{path.name} states the default of {key}"
+
+
+def test_shipped_names():
+    names = {path.stem for path in CONFIGS}
+    assert names >= {
+        "r50_fpn",
+        "r50_fpn_3x",
+        "r101_fpn",
+        "x101_32x8d_fpn",
+        "r18_fpn",
+        "quickstart",
+        "bccd",
+    }
+
+
+@pytest.mark.parametrize("name", ["r50_fpn_3x", "r101_fpn", "x101_32x8d_fpn"])
+def test_3x_schedule(name: str):
+    config = load_config(CONFIGS[0].parent / f"{name}.yaml")
+    assert config.train.steps == 270_000
+    assert [round(270_000 * m) for m in config.optim.milestones] == [210_000, 250_000]

@@ -1,0 +1,194 @@
+"""Train a detector.
+
+    python tools/train.py --config configs/r50_fpn.yaml [--output-dir D] [--resume] [key=value ...]
+    torchrun --nproc-per-node 8 tools/train.py --config configs/r50_fpn.yaml
+
+Writes to runs/NAME (or D): config.yaml, log.txt, log.jsonl, tensorboard/, checkpoints, predictions.json and
+metrics.json. SIGINT and SIGTERM save a checkpoint and exit; --resume goes on from the last one.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from fpn_det import build
+from fpn_det.cli import config_parser, user_errors
+from fpn_det.config import Config, dump_config, load_config
+from fpn_det.data.coco import CocoAnnotations, check_same_categories, format_problems
+from fpn_det.data.transforms import load_image
+from fpn_det.draw import draw_comparison
+from fpn_det.engine import checkpoint
+from fpn_det.engine.coco_eval import METRIC_NAMES, format_table
+from fpn_det.engine.distributed import Process, launched_process
+from fpn_det.engine.evaluate import evaluate, from_coco_results
+from fpn_det.engine.runlog import RunLog
+from fpn_det.engine.train import train
+
+
+def main() -> None:
+    """Read the command line and train."""
+    parser = config_parser(__doc__)
+    parser.add_argument("--output-dir", type=Path, help="folder of the run (default: runs/NAME)")
+    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint, if there is one")
+    parser.add_argument("--print-config", action="store_true", help="print the resolved config and exit")
+    args = parser.parse_args()
+    with user_errors():
+        config = load_config(args.config, args.overrides)
+        if args.print_config:
+            print(dump_config(config), end="")
+            return
+        folder = args.output_dir or Path("runs") / config.name
+        with launched_process() as process:
+            run(config, folder, resume=args.resume, process=process)
+
+
+def run(config: Config, folder: Path, *, resume: bool, process: Process) -> None:
+    """One training run in `folder`, from the data to metrics.json."""
+    state = open_run(folder, resume=resume)
+    train_data, val_data = build.load_train_data(config), build.load_val_data(config)
+    check_same_categories(train_data, val_data)
+    categories = train_data.categories
+    num_steps = build.num_steps(config, len(train_data))
+
+    torch.manual_seed(config.seed)
+    model = build.build_model(config, len(categories), pretrained=state is None).to(process.device)
+    optimizer = build.build_optimizer(config, model)
+    decay = config.train.ema_decay
+    ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True) if decay else None
+    start_step = 0
+    if state is not None:
+        source = folder / "checkpoint"
+        start_step = state["step"]
+        checkpoint.load_weights(model, state["model"], source)
+        optimizer.load_state_dict(state["optimizer"])
+        if ema is not None:
+            checkpoint.load_weights(ema.module, state.get("ema") or state["model"], source)
+            ema.n_averaged.fill_(start_step)
+    detector = ema.module if ema is not None else model
+
+    if process.is_main:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.yaml").write_text(dump_config(config))
+    val_loader = build.build_val_loader(config, val_data, process=process)
+    pictures = list(range(min(config.eval.tensorboard_images, len(val_data))))
+
+    with RunLog(folder if process.is_main else None, start_step=start_step, num_steps=num_steps) as log:
+        for data in (train_data, val_data):
+            log.message(data.summary())
+            if data.problems:
+                log.message(format_problems(data.problems))
+        log.message(describe(config, model, train_data, num_steps, start_step, process))
+
+        def weights_for_use(step: int) -> checkpoint.State:
+            return {
+                "model": detector.state_dict(),
+                "categories": categories.state_dict(),
+                "config": dump_config(config),
+                "step": step,
+            }
+
+        def save(step: int) -> None:
+            if process.is_main:
+                moving_average = {"ema": ema.module.state_dict()} if ema is not None else {}
+                resumable = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), **moving_average}
+                checkpoint.save_checkpoint(checkpoint.step_path(folder, step), weights_for_use(step) | resumable)
+                checkpoint.prune_checkpoints(folder, config.train.keep_checkpoints)
+
+        def evaluate_at(step: int) -> None:
+            evaluated = evaluate(
+                detector,
+                val_loader,
+                annotations=config.data.val.annotations,
+                categories=categories,
+                backend=config.eval.backend,
+                max_detections=config.model.roi_head.detections_per_image,
+                precision=config.train.precision,
+                process=process,
+            )
+            if evaluated is None:
+                return
+            metrics, results = evaluated
+            log.message(f"step {step}:\n{format_table(metrics)}")
+            log.scalars(step, {f"val/{name}": metrics[name] for name in METRIC_NAMES})
+            best = folder / "best.pth"
+            if metrics["AP"] > (checkpoint.load_checkpoint(best)["AP"] if best.exists() else -1):
+                checkpoint.save_checkpoint(best, weights_for_use(step) | {"AP": metrics["AP"]})
+            for index in pictures:
+                log.image(step, f"val/{index}", draw_validation(val_data, index, results))
+            if step == num_steps:
+                checkpoint.save_checkpoint(folder / "final.pth", weights_for_use(step))
+                (folder / "predictions.json").write_text(json.dumps(results))
+                (folder / "metrics.json").write_text(json.dumps({**metrics, "step": step}, indent=2))
+
+        done = start_step
+        if start_step < num_steps:
+            done = train(
+                model,
+                build.build_train_loader(config, train_data, start_step=start_step, process=process),
+                optimizer=optimizer,
+                lr_at=build.build_schedule(config, num_steps),
+                start_step=start_step,
+                num_steps=num_steps,
+                seed=config.seed,
+                process=process,
+                log=log,
+                save=save,
+                evaluate=evaluate_at,
+                accumulate=config.train.accumulate,
+                precision=config.train.precision,
+                clip_norm=config.optim.clip_norm,
+                ema=ema,
+                log_every=config.train.log_every,
+                save_every=config.train.save_every,
+                evaluate_every=config.eval.every,
+            )
+        if done < num_steps:
+            log.message(f"stopped at step {done} of {num_steps}, saved; add --resume to the same command to go on")
+            return
+        evaluate_at(num_steps)
+        log.message(f"done: {folder}/final.pth, {folder}/metrics.json, {folder}/predictions.json")
+
+
+def open_run(folder: Path, *, resume: bool) -> checkpoint.State | None:
+    """The state to resume from, or None for a fresh run; refuses to overwrite one."""
+    last = checkpoint.latest_checkpoint(folder)
+    if last is not None and not resume:
+        raise checkpoint.InputError(
+            f"{folder}: holds a run already ({last.name}); add --resume to go on with it, choose another "
+            "--output-dir, or delete the folder"
+        )
+    return checkpoint.load_checkpoint(last) if last is not None else None
+
+
+def describe(
+    config: Config, model: torch.nn.Module, data: CocoAnnotations, num_steps: int, start_step: int, process: Process
+) -> str:
+    """What is about to happen, for the first lines of the log."""
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    total = sum(p.numel() for p in model.parameters())
+    optim, batch_size = config.optim, config.train.batch_size
+    scaling = f" = {optim.lr:g} x {batch_size} / {optim.base_batch_size}" if optim.scale_lr else " (optim.scale_lr off)"
+    begin = f"resuming at step {start_step} of" if start_step else "training"
+    return (
+        f"{total / 1e6:.1f} M parameters, {trainable / 1e6:.1f} M trained\n"
+        f"{begin} {num_steps:,} steps of {batch_size} images ({num_steps * batch_size / len(data):.1f} epochs) on "
+        f"{process.world_size} x {process.device.type}, {config.train.precision}\n"
+        f"learning rate {build.peak_lr(config):g}{scaling}"
+    )
+
+
+def draw_validation(data: CocoAnnotations, index: int, results: list[dict]) -> torch.Tensor:
+    """Ground truth and detections of one validation image, side by side."""
+    h, w = data.sizes[index].tolist()
+    image_id = int(data.image_ids[index])
+    detections = from_coco_results([r for r in results if r["image_id"] == image_id], data.categories)
+    boxes, labels = data.targets(index)
+    return draw_comparison(load_image(data.path(index), (h, w)), detections, boxes, labels, data.categories.names)
+
+
+if __name__ == "__main__":
+    main()
