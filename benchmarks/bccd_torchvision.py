@@ -25,6 +25,7 @@ from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHe
 from torchvision.ops import MultiScaleRoIAlign
 from tqdm import tqdm
 
+from fpn_det.boxes import rescale
 from fpn_det.build import (
     build_optimizer,
     build_schedule,
@@ -36,8 +37,8 @@ from fpn_det.build import (
 )
 from fpn_det.config import Config, load_config
 from fpn_det.engine.coco_eval import format_table, score
-from fpn_det.boxes import rescale
-from fpn_det.structures import Batch
+from fpn_det.engine.evaluate import to_coco_results
+from fpn_det.structures import Batch, Categories, Detections
 
 
 def build_torchvision(config: Config, num_classes: int) -> FasterRCNN:
@@ -83,7 +84,7 @@ def images_and_targets(batch: Batch) -> tuple[list[Tensor], list[dict[str, Tenso
 
 
 @torch.no_grad()
-def detect(model: FasterRCNN, batches: Iterable[Batch], category_ids: tuple[int, ...]) -> list[dict[str, Any]]:
+def detect(model: FasterRCNN, batches: Iterable[Batch], categories: Categories) -> list[dict[str, Any]]:
     """COCO-format results in the frame of the original images."""
     model.eval()
     results = []
@@ -91,12 +92,8 @@ def detect(model: FasterRCNN, batches: Iterable[Batch], category_ids: tuple[int,
         images, _ = images_and_targets(batch)
         for i, output in enumerate(model(images)):
             boxes = rescale(output["boxes"], batch.sizes[i], batch.original_sizes[i])
-            boxes[:, 2:] -= boxes[:, :2]
-            for box, label, value in zip(boxes.tolist(), output["labels"].tolist(), output["scores"].tolist(), strict=True):
-                category_id = category_ids[label - 1]
-                results.append(
-                    {"image_id": int(batch.image_ids[i]), "category_id": category_id, "bbox": box, "score": value}
-                )
+            found = Detections(boxes=boxes, scores=output["scores"], labels=output["labels"] - 1)
+            results += to_coco_results(int(batch.image_ids[i]), found, categories)
     return results
 
 
@@ -133,7 +130,7 @@ def main() -> None:
             print(f"step {step} loss {loss.item():.3f} seconds {time.perf_counter() - start:.0f}", flush=True)
     seconds = time.perf_counter() - start
 
-    results = detect(model, build_val_loader(config, test), test.categories.ids)
+    results = detect(model, build_val_loader(config, test), test.categories)
     metrics = score(config.data.val.annotations, results)
     print(format_table(metrics))
     torch.save(model.state_dict(), args.output_dir / "final.pth")

@@ -100,16 +100,20 @@ def build_train_loader(
 def build_val_loader(config: Config, data: CocoAnnotations, *, process: Process | None = None) -> DataLoader[Sample]:
     """Batches of this process' share of the validation images, each image once over all processes."""
     process = process or Process()
-    transform = TestTransform(short_side=config.data.test_short_side, long_side=config.data.long_side)
     sampler = TestSampler(
         data.sizes, batch_size=config.eval.batch_size, rank=process.rank, world_size=process.world_size
     )
     return make_loader(
-        DetectionDataset(data, transform),
+        DetectionDataset(data, build_test_transform(config)),
         sampler,
         num_workers=config.data.num_workers,
         pin_memory=process.device.type == "cuda",
     )
+
+
+def build_test_transform(config: Config) -> TestTransform:
+    """What happens to an image before detection."""
+    return TestTransform(short_side=config.data.test_short_side, long_side=config.data.long_side)
 
 
 def num_steps(config: Config, num_images: int) -> int:

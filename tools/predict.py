@@ -1,6 +1,6 @@
 """Detect in images: annotated copies and a file of results.
 
-    python tools/predict.py --config C --checkpoint K --input IMAGE|FOLDER --output D [--score-thresh 0.5] [key=value ...]
+    python tools/predict.py --config C --checkpoint K --input IMAGE|FOLDER --output D [--score-thresh 0.5]
 
 Writes D/NAME.png per image, with the boxes that score at least the threshold, and D/predictions.json: all detections
 in COCO's results format with the category ids of the training data, plus `file_name`; `image_id` counts the images
@@ -11,20 +11,24 @@ from __future__ import annotations
 
 import argparse
 import json
+import random
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from torchvision.io import write_png
 
 from fpn_det import build
 from fpn_det.cli import config_parser, user_errors
 from fpn_det.config import Config, load_config
-from fpn_det.data.transforms import find_images, load_image
+from fpn_det.data.loader import collate
+from fpn_det.data.transforms import TestTransform, find_images, load_image
 from fpn_det.draw import draw_detections
 from fpn_det.engine import checkpoint
 from fpn_det.engine.evaluate import detect, to_coco_results
-from fpn_det.structures import InputError
+from fpn_det.structures import Batch, InputError, Sample
 
 
 def main() -> None:
@@ -43,21 +47,73 @@ def main() -> None:
 
 def predict(config: Config, checkpoint_path: Path, source: Path, folder: Path, *, score_thresh: float) -> int:
     """Detect in every image of `source`; returns how many could not be read."""
+    paths = find_images(source)
     state = checkpoint.load_checkpoint(checkpoint_path)
     categories = checkpoint.checkpoint_categories(state)
     build.check_num_classes(config, categories)
     model = build.build_model(config, len(categories), pretrained=False)
     checkpoint.load_weights(model, checkpoint.best_weights(state), checkpoint_path)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model.to(device)
+    batches = ImageBatches(paths, build.build_test_transform(config))
 
-    paths = find_images(source)
     folder.mkdir(parents=True, exist_ok=True)
     records = []
-    loader = build.build_file_loader(config, paths)
-    for batch, found in detect(model, loader, device=device, precision=config.train.precision):
-        ...
-    return 0
+    for batch, found in detect(model.to(device), batches, device=device, precision=config.train.precision):
+        image_id = int(batch.image_ids[0])
+        path = paths[image_id - 1]
+        picture = draw_detections(batches.original, found[0], categories.names, score_thresh=score_thresh)
+        write_png(picture, str(folder / f"{path.name}.png"))
+        records += [{**r, "file_name": path.name} for r in to_coco_results(image_id, found[0], categories)]
+    (folder / "predictions.json").write_text(json.dumps(records))
+    drawn = sum(r["score"] >= score_thresh for r in records)
+    print(
+        f"{len(paths) - len(batches.unreadable)} images, {len(records)} detections, {drawn} of them drawn "
+        f"(score >= {score_thresh:g}): {folder}/*.png, {folder}/predictions.json"
+    )
+    for error in batches.unreadable:
+        print(f"skipped: {error}", file=sys.stderr)
+    return len(batches.unreadable)
+
+
+class ImageBatches:
+    """Image files as batches of one: detections then do not depend on what else lies in the folder.
+
+    Args:
+        paths: image files; `image_id` counts them from 1.
+        transform: applied to each image.
+
+    Attributes:
+        original: (3, H, W) uint8, the image of the current batch before the transform.
+        unreadable: what could not be decoded, and why.
+    """
+
+    def __init__(self, paths: list[Path], transform: TestTransform) -> None:
+        self.paths = paths
+        self.transform = transform
+        self.original: Tensor
+        self.unreadable: list[str] = []
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __iter__(self) -> Iterator[Batch]:
+        for image_id, path in enumerate(self.paths, start=1):
+            try:
+                self.original = load_image(path)
+            except InputError as error:
+                if len(self.paths) == 1:
+                    raise
+                self.unreadable.append(str(error))
+                continue
+            h, w = self.original.shape[1:]
+            sample = Sample(
+                image=self.original,
+                boxes=torch.zeros(0, 4),
+                labels=torch.zeros(0, dtype=torch.int64),
+                image_id=image_id,
+                original_size=(h, w),
+            )
+            yield collate([self.transform(sample, random.Random(0))])
 
 
 def score(text: str) -> float:

@@ -27,6 +27,8 @@ from fpn_det.engine.distributed import Process, launched_process
 from fpn_det.engine.evaluate import evaluate, from_coco_results
 from fpn_det.engine.runlog import RunLog
 from fpn_det.engine.train import train
+from fpn_det.models.faster_rcnn import FasterRCNN
+from fpn_det.structures import InputError
 
 
 def main() -> None:
@@ -61,14 +63,14 @@ def run(config: Config, folder: Path, *, resume: bool, process: Process) -> None
     ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True) if decay else None
     start_step = 0
     if state is not None:
-        source = folder / "checkpoint"
         start_step = state["step"]
+        source = checkpoint.step_path(folder, start_step)
         checkpoint.load_weights(model, state["model"], source)
         optimizer.load_state_dict(state["optimizer"])
         if ema is not None:
             checkpoint.load_weights(ema.module, state.get("ema") or state["model"], source)
             ema.n_averaged.fill_(start_step)
-    detector = ema.module if ema is not None else model
+    detector: FasterRCNN = ema.module if ema is not None else model  # type: ignore[assignment]
 
     if process.is_main:
         folder.mkdir(parents=True, exist_ok=True)
@@ -113,7 +115,7 @@ def run(config: Config, folder: Path, *, resume: bool, process: Process) -> None
                 return
             metrics, results = evaluated
             log.message(f"step {step}:\n{format_table(metrics)}")
-            log.scalars(step, {f"val/{name}": metrics[name] for name in METRIC_NAMES})
+            log.scalars(step, {f"val/{name}": metrics[name] for name in METRIC_NAMES})  # type: ignore[literal-required]
             best = folder / "best.pth"
             if metrics["AP"] > (checkpoint.load_checkpoint(best)["AP"] if best.exists() else -1):
                 checkpoint.save_checkpoint(best, weights_for_use(step) | {"AP": metrics["AP"]})
@@ -157,7 +159,7 @@ def open_run(folder: Path, *, resume: bool) -> checkpoint.State | None:
     """The state to resume from, or None for a fresh run; refuses to overwrite one."""
     last = checkpoint.latest_checkpoint(folder)
     if last is not None and not resume:
-        raise checkpoint.InputError(
+        raise InputError(
             f"{folder}: holds a run already ({last.name}); add --resume to go on with it, choose another "
             "--output-dir, or delete the folder"
         )

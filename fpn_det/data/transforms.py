@@ -21,6 +21,7 @@ from torchvision.io import ImageReadMode, decode_jpeg
 
 from fpn_det.structures import InputError, Sample
 
+IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
 _JPEG_START = b"\xff\xd8\xff"
 
 
@@ -55,6 +56,22 @@ def load_image(path: Path, size: tuple[int, int] | None = None) -> Tensor:
         f"{path}: the image is {w}x{h} (width x height), but the annotations say {size[1]}x{size[0]}; "
         "correct the annotation file or replace the image"
     )
+
+
+def find_images(source: Path) -> list[Path]:
+    """The image files at `source`: the file itself, or those directly in a folder, by name.
+
+    Raises:
+        InputError: there is no such path, or no image in the folder.
+    """
+    if source.is_file():
+        return [source]
+    if not source.is_dir():
+        raise InputError(f"{source}: no such image or folder")
+    paths = sorted(p for p in source.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
+    if not paths:
+        raise InputError(f"{source}: no image in this folder (looked for {', '.join(sorted(IMAGE_SUFFIXES))})")
+    return paths
 
 
 def resized_size(size: tuple[int, int], *, short_side: int, long_side: int) -> tuple[int, int]:

@@ -6,12 +6,11 @@ Dimensions: N images of a batch, D detections of one image.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from fpn_det.boxes import rescale
@@ -34,7 +33,7 @@ class Detector(Protocol):
 
 @torch.no_grad()
 def detect(
-    model: Detector, batches: DataLoader[Any], *, device: torch.device, precision: str, show_progress: bool = True
+    model: Detector, batches: Iterable[Any], *, device: torch.device, precision: str, show_progress: bool = True
 ) -> Iterator[tuple[Batch, list[Detections]]]:
     """Detect in all batches.
 
@@ -87,7 +86,7 @@ def from_coco_results(results: Sequence[dict[str, Any]], categories: Categories)
 
 def evaluate(
     model: Detector,
-    batches: DataLoader[Any],
+    batches: Iterable[Any],
     *,
     annotations: Path,
     categories: Categories,
