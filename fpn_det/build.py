@@ -16,9 +16,10 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from fpn_det.config import Config
-from fpn_det.data.coco import CocoAnnotations, load_coco
+from fpn_det.data.coco import CocoAnnotations, format_problems, load_coco
 from fpn_det.data.loader import DetectionDataset, TestSampler, TrainSampler, make_loader
 from fpn_det.data.transforms import TestTransform, TrainTransform
+from fpn_det.engine.coco_eval import read_ground_truth
 from fpn_det.engine.distributed import Process
 from fpn_det.engine.optim import lr_factor, make_optimizer, scaled_lr
 from fpn_det.models.anchors import Anchors
@@ -43,14 +44,24 @@ def load_train_data(config: Config) -> CocoAnnotations:
     if not config.data.keep_empty:
         data = data.without_empty()
     if len(data.boxes) == 0:
-        raise InputError(f"{split.annotations}: no usable box; there is nothing to train on")
+        problems = f"\n{format_problems(data.problems)}" if data.problems else ""
+        raise InputError(
+            f"{split.annotations}: no usable box, so nothing to train on; set data.train.annotations to a file with "
+            f"boxes{problems}"
+        )
     return data
 
 
 def load_val_data(config: Config) -> CocoAnnotations:
-    """The validation annotations: every image, with or without boxes."""
+    """The validation annotations: every image, with or without boxes.
+
+    Raises:
+        InputError: what `load_coco` raises, or what the evaluation would refuse after the training.
+    """
     split = config.data.val
-    return load_coco(split.annotations, split.images, on_error="drop")
+    data = load_coco(split.annotations, split.images, on_error="drop")
+    read_ground_truth(split.annotations)
+    return data
 
 
 def check_num_classes(config: Config, categories: Categories) -> None:
@@ -223,8 +234,9 @@ def build_backbone(config: Config, *, pretrained: bool) -> ResNet:
         case _:
             assert_never(backbone.kind)
     if pretrained and backbone.weights is not None:
+        weights = read_classifier(backbone.name, backbone.weights)
         try:
-            body.load_classifier(read_classifier(backbone.name, backbone.weights))
+            body.load_classifier(weights)
         except ValueError as error:
             raise InputError(f"model.backbone.weights {backbone.weights}: {error}") from error
     return body

@@ -8,12 +8,13 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NoReturn
 
 from fpn_det.structures import InputError
 
 
 def config_parser(description: str | None) -> argparse.ArgumentParser:
-    """A parser with `--config` and trailing `key=value` overrides."""
+    """A parser with `--config` and `key=value` overrides; with `parse_intermixed_args` they may stand anywhere."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, required=True, help="YAML file, see configs/")
     parser.add_argument(
@@ -24,12 +25,22 @@ def config_parser(description: str | None) -> argparse.ArgumentParser:
 
 @contextmanager
 def user_errors() -> Iterator[None]:
-    """Print an `InputError` as it is and exit with code 2."""
+    """Print an `InputError`, or a file that cannot be written, in one line and exit with code 2; with 130 for Ctrl-C."""
     try:
         yield
     except InputError as error:
         # A loader worker's error arrives with the worker's traceback in front.
-        message = str(error).rpartition("InputError: ")[2].strip()
-        rank = os.environ.get("RANK", "0")
-        print(f"error: {message}" if rank == "0" else f"error (rank {rank}): {message}", file=sys.stderr)
-        sys.exit(2)
+        _fail(str(error).rpartition("InputError: ")[2].strip())
+    except OSError as error:
+        if error.filename is None:  # not about a path, so not the user's to mend
+            raise
+        _fail(f"{error.filename}: {error.strerror}")
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+def _fail(message: str) -> NoReturn:
+    rank = os.environ.get("RANK", "0")
+    print(f"error: {message}" if rank == "0" else f"error (rank {rank}): {message}", file=sys.stderr)
+    sys.exit(2)

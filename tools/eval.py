@@ -21,7 +21,6 @@ from fpn_det.engine import checkpoint
 from fpn_det.engine.coco_eval import Metrics, format_table, read_results, score
 from fpn_det.engine.distributed import Process, launched_process
 from fpn_det.engine.evaluate import evaluate
-from fpn_det.structures import InputError
 
 
 def main() -> None:
@@ -31,7 +30,7 @@ def main() -> None:
     source.add_argument("--checkpoint", type=Path, help="weights to evaluate")
     source.add_argument("--predictions", type=Path, help="results to score without a model (COCO results format)")
     parser.add_argument("--output-dir", type=Path, help="where metrics.json and predictions.json go")
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
     with user_errors():
         config = load_config(args.config, args.overrides)
         folder = args.output_dir or (args.checkpoint or args.predictions).parent
@@ -54,13 +53,7 @@ def evaluate_checkpoint(config: Config, path: Path, folder: Path, *, process: Pr
     categories = checkpoint.checkpoint_categories(state)
     build.check_num_classes(config, categories)
     data = build.load_val_data(config)
-    if data.categories != categories:
-        raise InputError(
-            f"{path} was trained on {len(categories)} classes ({', '.join(categories.names[:8])}; ids "
-            f"{list(categories.ids[:8])}), but {data.source} has {len(data.categories)} "
-            f"({', '.join(data.categories.names[:8])}; ids {list(data.categories.ids[:8])}). "
-            "Evaluate on a data set with the same categories"
-        )
+    checkpoint.check_categories(state, path, data.categories, data.source)
     model = build.build_model(config, len(categories), pretrained=False)
     checkpoint.load_weights(model, checkpoint.best_weights(state), path)
     if process.is_main:

@@ -38,7 +38,7 @@ def main() -> None:
     parser.add_argument("--input", type=Path, required=True, help="an image, or a folder of images")
     parser.add_argument("--output", type=Path, required=True, help="folder for pictures and predictions.json")
     parser.add_argument("--score-thresh", type=score, default=0.5, help="draw boxes that score at least this")
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
     with user_errors():
         config = load_config(args.config, args.overrides)
         num_unreadable = predict(config, args.checkpoint, args.input, args.output, score_thresh=args.score_thresh)

@@ -37,7 +37,7 @@ def main() -> None:
     parser.add_argument("--output-dir", type=Path, help="folder of the run (default: runs/NAME)")
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint, if there is one")
     parser.add_argument("--print-config", action="store_true", help="print the resolved config and exit")
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
     with user_errors():
         config = load_config(args.config, args.overrides)
         if args.print_config:
@@ -55,6 +55,8 @@ def run(config: Config, folder: Path, *, resume: bool, process: Process) -> None
     check_same_categories(train_data, val_data)
     categories = train_data.categories
     num_steps = build.num_steps(config, len(train_data))
+    if config.model.backbone.norm == "sync_bn" and process.world_size > 1 and process.device.type == "cpu":
+        raise InputError("model.backbone.norm sync_bn works over GPUs only; on CPUs use bn or gn")
 
     torch.manual_seed(config.seed)
     model = build.build_model(config, len(categories), pretrained=state is None).to(process.device)
@@ -65,8 +67,11 @@ def run(config: Config, folder: Path, *, resume: bool, process: Process) -> None
     if state is not None:
         start_step = state["step"]
         source = checkpoint.step_path(folder, start_step)
+        if start_step > num_steps:
+            raise InputError(f"{source} is beyond the end of the run: train.steps or train.epochs make {num_steps} steps")
+        checkpoint.check_categories(state, source, categories, train_data.source)
         checkpoint.load_weights(model, state["model"], source)
-        optimizer.load_state_dict(state["optimizer"])
+        checkpoint.load_optimizer(optimizer, state["optimizer"], source)
         if ema is not None:
             checkpoint.load_weights(ema.module, state.get("ema") or state["model"], source)
             ema.n_averaged.fill_(start_step)
@@ -77,6 +82,8 @@ def run(config: Config, folder: Path, *, resume: bool, process: Process) -> None
         (folder / "config.yaml").write_text(dump_config(config))
     val_loader = build.build_val_loader(config, val_data, process=process)
     pictures = list(range(min(config.eval.tensorboard_images, len(val_data))))
+    best = folder / "best.pth"
+    best_ap = checkpoint.load_checkpoint(best)["AP"] if best.exists() else -1.0
 
     with RunLog(folder if process.is_main else None, start_step=start_step, num_steps=num_steps) as log:
         for data in (train_data, val_data):
@@ -101,6 +108,7 @@ def run(config: Config, folder: Path, *, resume: bool, process: Process) -> None
                 checkpoint.prune_checkpoints(folder, config.train.keep_checkpoints)
 
         def evaluate_at(step: int) -> None:
+            process.share_buffers(detector)
             evaluated = evaluate(
                 detector,
                 val_loader,
@@ -113,12 +121,13 @@ def run(config: Config, folder: Path, *, resume: bool, process: Process) -> None
             )
             if evaluated is None:
                 return
+            nonlocal best_ap
             metrics, results = evaluated
             log.message(f"step {step}:\n{format_table(metrics)}")
             log.scalars(step, {f"val/{name}": metrics[name] for name in METRIC_NAMES})  # type: ignore[literal-required]
-            best = folder / "best.pth"
-            if metrics["AP"] > (checkpoint.load_checkpoint(best)["AP"] if best.exists() else -1):
-                checkpoint.save_checkpoint(best, weights_for_use(step) | {"AP": metrics["AP"]})
+            if metrics["AP"] > best_ap:
+                best_ap = metrics["AP"]
+                checkpoint.save_checkpoint(best, weights_for_use(step) | {"AP": best_ap})
             for index in pictures:
                 log.image(step, f"val/{index}", draw_validation(val_data, index, results))
             if step == num_steps:
@@ -157,11 +166,15 @@ def run(config: Config, folder: Path, *, resume: bool, process: Process) -> None
 
 def open_run(folder: Path, *, resume: bool) -> checkpoint.State | None:
     """The state to resume from, or None for a fresh run; refuses to overwrite one."""
-    last = checkpoint.latest_checkpoint(folder)
-    if last is not None and not resume:
+    last, final = checkpoint.latest_checkpoint(folder), folder / "final.pth"
+    if not resume and (last is not None or final.exists()):
         raise InputError(
-            f"{folder}: holds a run already ({last.name}); add --resume to go on with it, choose another "
+            f"{folder}: holds a run already ({(last or final).name}); add --resume to go on with it, choose another "
             "--output-dir, or delete the folder"
+        )
+    if last is None and final.exists():
+        raise InputError(
+            f"{folder}: holds final.pth but no step_*.pth to resume from; choose another --output-dir, or delete the folder"
         )
     return checkpoint.load_checkpoint(last) if last is not None else None
 

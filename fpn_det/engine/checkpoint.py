@@ -8,7 +8,6 @@ files add `optimizer` and, with a moving average, `ema`.
 from __future__ import annotations
 
 import os
-import pickle
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +27,14 @@ def save_checkpoint(path: Path, state: State) -> None:
         state: tensors and plain data.
     """
     temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    try:
+        with temporary.open("wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)  # a full disk is not made fuller
     folder = os.open(path.parent, os.O_RDONLY)  # the rename is durable once the folder is
     try:
         os.fsync(folder)
@@ -47,14 +49,18 @@ def load_checkpoint(path: Path) -> State:
         InputError: the file is missing, damaged or not one of ours.
     """
     if not path.is_file():
-        nearby = sorted(p.name for p in path.parent.glob("*.pth")) if path.parent.is_dir() else []
-        hint = f"; that folder holds {', '.join(nearby)}" if nearby else ""
-        raise InputError(f"{path}: no such checkpoint{hint}")
+        folder = path if path.is_dir() else path.parent
+        nearby = sorted(p.name for p in folder.glob("*.pth"))
+        hint = f"{folder} holds {', '.join(nearby)}" if nearby else "give the path of a .pth file that training wrote"
+        raise InputError(f"{path}: no such checkpoint; {hint}")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
+    except Exception as error:  # the unpickler meets other files with nearly any exception
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(f"{path}: damaged, or not a PyTorch checkpoint ({reason})") from error
+        raise InputError(
+            f"{path}: damaged, or not a checkpoint of weights and plain data ({reason}). Use another one; "
+            "a run whose last step_*.pth is deleted resumes from the one before"
+        ) from error
     missing = {"model", "categories", "config", "step"} - set(state if isinstance(state, dict) else ())
     if missing:
         raise InputError(f"{path}: not a checkpoint of fpn_det (it lacks {', '.join(sorted(missing))})")
@@ -64,6 +70,27 @@ def load_checkpoint(path: Path) -> State:
 def checkpoint_categories(state: State) -> Categories:
     """The class map that the weights were trained with."""
     return Categories.from_state_dict(state["categories"])
+
+
+def check_categories(state: State, path: Path, categories: Categories, source: Path) -> None:
+    """Refuse a checkpoint whose classes are not those of the data set.
+
+    Args:
+        state: of the checkpoint.
+        path: the checkpoint.
+        categories: of the data set.
+        source: the data set's annotation file.
+
+    Raises:
+        InputError: naming both and their classes.
+    """
+    own = checkpoint_categories(state)
+    if own != categories:
+        raise InputError(
+            f"{path} was trained on {len(own)} classes ({', '.join(own.names[:8])}; ids {list(own.ids[:8])}), but "
+            f"{source} has {len(categories)} ({', '.join(categories.names[:8])}; ids {list(categories.ids[:8])}). "
+            "Use a data set with the same categories"
+        )
 
 
 def best_weights(state: State) -> dict[str, Tensor]:
@@ -90,6 +117,23 @@ def load_weights(model: nn.Module, weights: dict[str, Tensor], source: Path) -> 
             f"{'; '.join(examples)}). Use the config.yaml that lies beside the checkpoint"
         )
     model.load_state_dict(weights)
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, saved: State, source: Path) -> None:
+    """Load the moments of the parameters; rates and decays stay those of `optimizer`, which the config gave.
+
+    Raises:
+        InputError: the optimiser is of another kind, or trains other layers.
+    """
+    own = optimizer.state_dict()["param_groups"]
+    # `betas`: only AdamW has them.
+    kind, saved_kind = ([("betas" in g, len(g["params"])) for g in groups] for groups in (own, saved["param_groups"]))
+    if kind != saved_kind:
+        raise InputError(
+            f"{source}: the optimiser's state does not fit optim.kind or the trained layers of the config (such as "
+            "model.backbone.frozen_stages). Resume with the config.yaml that lies beside it, or start a run of its own"
+        )
+    optimizer.load_state_dict({"state": saved["state"], "param_groups": own})
 
 
 def latest_checkpoint(folder: Path) -> Path | None:

@@ -117,7 +117,7 @@ def score(
     """
     if max_detections < 1:
         raise InputError(f"max_detections must be at least 1, got {max_detections}")
-    dataset = _read_ground_truth(annotations)
+    dataset = read_ground_truth(annotations)
     _check_results(results, "results")
     for key, known in (("image_id", dataset["images"]), ("category_id", dataset["categories"])):
         unknown = sorted({r[key] for r in results} - {entry["id"] for entry in known})
@@ -203,8 +203,12 @@ def format_table(metrics: Metrics, *, max_width: int = 110) -> str:
     return "\n".join(lines)
 
 
-def _read_ground_truth(path: Path) -> dict[str, list[dict[str, Any]]]:
-    """The parts of a COCO file that box evaluation needs, in a form that both evaluators read alike."""
+def read_ground_truth(path: Path) -> dict[str, list[dict[str, Any]]]:
+    """The parts of a COCO file that box evaluation needs, in a form that both evaluators read alike.
+
+    Raises:
+        InputError: naming the first entry that cannot be used.
+    """
     content = _read_json(path)
     if not isinstance(content, dict):
         raise InputError(f"{path}: COCO annotations must be a JSON object, got {_shown(content)}")

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +57,12 @@ class Process:
         flags = torch.tensor(int(flag), device=self.device)
         dist.all_reduce(flags, op=dist.ReduceOp.MAX)
         return bool(flags.item())
+
+    def share_buffers(self, module: nn.Module) -> None:
+        """Give every process the main one's buffers (collective); running statistics differ between processes."""
+        if self.world_size > 1:
+            for buffer in module.buffers():
+                dist.broadcast(buffer, src=0)
 
     def wait(self) -> None:
         """Return when all processes have come here (collective)."""

@@ -23,7 +23,8 @@ class RunLog:
 
     Args:
         folder: of the run; None logs nothing (all processes but the main one).
-        start_step: the step that the run begins or resumes at; records after it, of an interrupted run, are dropped.
+        start_step: the step that the run begins or resumes at; records of an interrupted run that will be written
+            again are dropped.
         num_steps: length of the run.
     """
 
@@ -32,10 +33,10 @@ class RunLog:
         self.num_steps = num_steps
         if folder is None:
             return
-        self._drop_records_after(folder / "log.jsonl", start_step)
+        _drop_records(folder / "log.jsonl", start_step=start_step, num_steps=num_steps)
         self._records = (folder / "log.jsonl").open("a")
         self._text = (folder / "log.txt").open("a")
-        self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=start_step)
+        self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=start_step + 1)
         self._is_terminal = sys.stderr.isatty()
         self._bar = tqdm(total=num_steps, initial=start_step, unit="step", disable=not self._is_terminal, smoothing=0.1)
 
@@ -88,9 +89,12 @@ class RunLog:
         if self.folder is not None:
             self._writer.add_image(name, image, step)
 
-    @staticmethod
-    def _drop_records_after(path: Path, step: int) -> None:
-        if path.exists():
-            lines = path.read_text().splitlines()
-            kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
-            path.write_text("".join(f"{line}\n" for line in kept))
+
+def _drop_records(path: Path, *, start_step: int, num_steps: int) -> None:
+    """Keep the records of steps done; a finished run only repeats its evaluation, so its last one goes too."""
+    if not path.exists():
+        return
+    lines = [line for line in path.read_text().splitlines() if line.endswith("}")]  # the last may be torn
+    records = [json.loads(line) for line in lines]
+    repeated = [r["step"] > start_step or (r["step"] == num_steps and "train/loss" not in r) for r in records]
+    path.write_text("".join(f"{line}\n" for line, again in zip(lines, repeated, strict=True) if not again))

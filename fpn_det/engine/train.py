@@ -65,7 +65,7 @@ def train(
         The number of steps done; less than `num_steps` after SIGINT or SIGTERM.
 
     Raises:
-        InputError: the loss is not finite.
+        InputError: the loss or the gradient is not finite.
     """
     device = process.device
     network = DistributedDataParallel(model) if process.world_size > 1 else model
@@ -101,19 +101,22 @@ def train(
 
             done = step + 1
             log.advance()
-            if done % log_every == 0 or done == num_steps:
-                scalars = window.close(process)
-                eta = format_seconds((num_steps - done) * scalars["speed/s_per_step"])
-                log.training(done, {**scalars, "train/lr": lr}, eta=eta)
-                if not math.isfinite(scalars["train/loss"]):
-                    raise InputError(
-                        f"the loss is {scalars['train/loss']} at step {done}: training diverged. Lower optim.lr (now "
-                        f"{lr:.3g}), lengthen optim.warmup_steps or set optim.clip_norm; the last checkpoint is kept"
-                    )
             # Asking all processes costs a synchronisation: done at every step only where there is one process.
             may_stop = process.world_size == 1 or done % log_every == 0
             stopping = may_stop and process.any(stop.requested)
-            if done % save_every == 0 or done == num_steps or stopping:
+            saving = done % save_every == 0 or done == num_steps or stopping
+            if done % log_every == 0 or saving:  # nothing is saved before it proved finite
+                scalars = window.close(process)
+                eta = format_seconds((num_steps - done) * scalars["speed/s_per_step"])
+                log.training(done, {**scalars, "train/lr": lr}, eta=eta)
+                loss_mean, norm_mean = scalars["train/loss"], scalars["train/grad_norm"]
+                if not math.isfinite(loss_mean + norm_mean):
+                    raise InputError(
+                        f"the loss is {loss_mean}, the gradient's norm {norm_mean} at step {done}: training diverged. "
+                        f"Lower optim.lr (now {lr:.3g}), lengthen optim.warmup_steps or set optim.clip_norm; "
+                        "the last checkpoint is kept"
+                    )
+            if saving:
                 save(done)
             if stopping:
                 return done

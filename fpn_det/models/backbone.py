@@ -7,7 +7,6 @@ Dimensions: N images, C channels, H and W of the padded batch.
 
 from __future__ import annotations
 
-import pickle
 from pathlib import Path
 from typing import Literal, Self
 
@@ -106,7 +105,7 @@ def read_classifier(name: str, weights: str) -> dict[str, Tensor]:
     if weights in enum.__members__:
         try:
             return enum[weights].get_state_dict(progress=True, check_hash=True)
-        except OSError as error:
+        except (OSError, RuntimeError) as error:  # RuntimeError: the hash of a broken download differs
             raise InputError(
                 f"model.backbone.weights: cannot download {weights} of {name} from {enum[weights].url} ({error}). "
                 "Download the file elsewhere and give its path, or train from scratch with "
@@ -120,7 +119,7 @@ def read_classifier(name: str, weights: str) -> dict[str, Tensor]:
         )
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+    except Exception as error:  # the unpickler meets other files with nearly any exception
         raise InputError(f"model.backbone.weights: {path} is not a file of PyTorch weights ({error})") from error
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
         raise InputError(f"model.backbone.weights: {path} holds no state dict of a torchvision {name}")

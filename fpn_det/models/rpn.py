@@ -184,8 +184,9 @@ class RPN(nn.Module):
             iou_thresh=self.nms_thresh,
             top_k=min(self.post_nms_top_k[self.training], boxes.shape[1]),
         )
+        # Selected, not multiplied: padding repeats box 0, and NaN * 0 is NaN.
         return Proposals(
-            boxes=boxes.gather(1, index[:, :, None].expand(-1, -1, 4)) * kept[:, :, None],
-            scores=all_logits.gather(1, index).sigmoid() * kept,
+            boxes=torch.where(kept[:, :, None], boxes.gather(1, index[:, :, None].expand(-1, -1, 4)), 0),
+            scores=torch.where(kept, all_logits.gather(1, index).sigmoid(), 0),
             valid=kept,
         )
