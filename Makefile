@@ -17,8 +17,9 @@ quickstart: .venv/installed
 	@echo "checkpoint: runs/quickstart/final.pth"
 	@echo "curves:     $(BIN)/tensorboard --logdir runs"
 	@echo
-	@echo "Your own data (COCO format), from the same small configuration:"
-	@echo "  $(BIN)/python tools/train.py --config configs/quickstart.yaml --output-dir runs/mine \\"
+	@echo "Your own data in COCO format (ImageNet weights are downloaded; README.md has the steps):"
+	@echo "  $(BIN)/python tools/train.py --config configs/r18_fpn.yaml --output-dir runs/mine \\"
+	@echo "    train.epochs=12 train.batch_size=4 \\"
 	@echo "    data.train.images=DIR data.train.annotations=TRAIN.json \\"
 	@echo "    data.val.images=DIR data.val.annotations=VAL.json"
 

@@ -25,7 +25,7 @@ def config_parser(description: str | None) -> argparse.ArgumentParser:
 
 @contextmanager
 def user_errors() -> Iterator[None]:
-    """Print an `InputError`, or a file that cannot be written, in one line and exit with code 2; with 130 for Ctrl-C."""
+    """Exit with code 2 and one line on an `InputError` or a path that cannot be used, with 130 on Ctrl-C."""
     try:
         yield
     except InputError as error:

@@ -39,6 +39,7 @@ Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 """A probability, an IoU or a share: 0..1."""
+PositiveFraction = Annotated[float, Field(gt=0, le=1)]
 Intensity = Annotated[float, Field(ge=0, le=255)]
 
 
@@ -112,7 +113,7 @@ class AnchorConfig(Section):
 class RpnConfig(Section):
     """The region proposal network."""
 
-    positive_iou: Fraction = 0.7
+    positive_iou: PositiveFraction = 0.7
     """Anchors that overlap a ground-truth box at least this much are positive."""
     negative_iou: Fraction = 0.3
     """Anchors that overlap every ground-truth box less than this are negative."""
@@ -150,7 +151,7 @@ class RpnConfig(Section):
 class RoiHeadConfig(Section):
     """The second stage: pooling, classification and box regression of the proposals."""
 
-    positive_iou: Fraction = 0.5
+    positive_iou: PositiveFraction = 0.5
     """RoIs that overlap a ground-truth box at least this much are positive, all others background."""
     num_samples: Count = 512
     """RoIs sampled per image for the losses."""

@@ -74,13 +74,14 @@ def evaluate_checkpoint(config: Config, path: Path, folder: Path, *, process: Pr
         metrics, results = evaluated
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "predictions.json").write_text(json.dumps(results))
-        report(metrics, folder)
+        report(metrics, folder, step=state["step"])
 
 
-def report(metrics: Metrics, folder: Path) -> None:
-    """Print the table and write metrics.json."""
+def report(metrics: Metrics, folder: Path, *, step: int | None = None) -> None:
+    """Print the table and write metrics.json, with the step of a checkpoint as training writes it."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "metrics.json").write_text(json.dumps(metrics, indent=2))
+    written = metrics if step is None else {**metrics, "step": step}
+    (folder / "metrics.json").write_text(json.dumps(written, indent=2))
     print(format_table(metrics))
     print(f"written: {folder / 'metrics.json'}")
 

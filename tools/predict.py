@@ -17,8 +17,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from PIL import Image
 from torch import Tensor
-from torchvision.io import write_png
 
 from fpn_det import build
 from fpn_det.cli import config_parser, user_errors
@@ -62,7 +62,7 @@ def predict(config: Config, checkpoint_path: Path, source: Path, folder: Path, *
         image_id = int(batch.image_ids[0])
         path = paths[image_id - 1]
         picture = draw_detections(batches.original, found[0], categories.names, score_thresh=score_thresh)
-        write_png(picture, str(folder / f"{path.name}.png"))
+        Image.fromarray(picture.permute(1, 2, 0).numpy()).save(folder / f"{path.name}.png")
         records += [{**r, "file_name": path.name} for r in to_coco_results(image_id, found[0], categories)]
     (folder / "predictions.json").write_text(json.dumps(records))
     drawn = sum(r["score"] >= score_thresh for r in records)

@@ -68,7 +68,9 @@ def run(config: Config, folder: Path, *, resume: bool, process: Process) -> None
         start_step = state["step"]
         source = checkpoint.step_path(folder, start_step)
         if start_step > num_steps:
-            raise InputError(f"{source} is beyond the end of the run: train.steps or train.epochs make {num_steps} steps")
+            raise InputError(
+                f"{source} is beyond the end of the run: train.steps or train.epochs give {num_steps}; raise it"
+            )
         checkpoint.check_categories(state, source, categories, train_data.source)
         checkpoint.load_weights(model, state["model"], source)
         checkpoint.load_optimizer(optimizer, state["optimizer"], source)
@@ -174,7 +176,8 @@ def open_run(folder: Path, *, resume: bool) -> checkpoint.State | None:
         )
     if last is None and final.exists():
         raise InputError(
-            f"{folder}: holds final.pth but no step_*.pth to resume from; choose another --output-dir, or delete the folder"
+            f"{folder}: holds final.pth, but no step_*.pth to resume from; choose another --output-dir, or delete the "
+            "folder"
         )
     return checkpoint.load_checkpoint(last) if last is not None else None
 

@@ -10,12 +10,14 @@ Dimensions: I images, B boxes of all images.
 from __future__ import annotations
 
 import json
-import math
 import os
+import struct
+import sys
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
+from reprlib import repr as short  # bounded in length and depth, whatever the file holds
 from typing import Any
 
 import torch
@@ -53,7 +55,7 @@ class CocoAnnotations:
         folder: the folder that the file names are relative to.
         categories: class indices, ids and names.
         name_bytes, name_offsets: uint8 (L,) and int64 (I + 1,); the file name of image i is
-            `name_bytes[name_offsets[i]:name_offsets[i + 1]]` in UTF-8.
+            `name_bytes[name_offsets[i]:name_offsets[i + 1]]`, encoded as the file system does.
         image_ids: (I,) int64.
         sizes: (I, 2) int64, (h, w) as the file states them.
         box_offsets: (I + 1,) int64; the boxes of image i are `boxes[box_offsets[i]:box_offsets[i + 1]]`.
@@ -82,7 +84,7 @@ class CocoAnnotations:
     def path(self, index: int) -> Path:
         """The image file of image `index`."""
         start, end = self.name_offsets[index : index + 2].tolist()
-        return self.folder / bytes(self.name_bytes[start:end].numpy()).decode()
+        return self.folder / os.fsdecode(bytes(self.name_bytes[start:end].numpy()))
 
     def targets(self, index: int) -> tuple[Tensor, Tensor]:
         """Boxes (G, 4) float32 XYXY and labels (G,) int64 of image `index`, in original pixels."""
@@ -142,21 +144,21 @@ def load_coco(annotations: Path, images: Path, *, on_error: str = "drop") -> Coc
     num_crowd = 0
     for annotation in data["annotations"]:
         if not isinstance(annotation, dict):
-            problems.append(Problem(None, "not a JSON object", repr(annotation)[:80], fatal=True))
+            problems.append(Problem(None, "not a JSON object", short(annotation), fatal=True))
             continue
         owner = _lookup(image_index, annotation.get("image_id"))
         label = _lookup(class_index, annotation.get("category_id"))
         if owner is None or label is None:
             key = "image_id" if owner is None else "category_id"
             unknown = f"{key} that the file does not define"
-            problems.append(Problem(annotation.get("id"), unknown, repr(annotation.get(key)), fatal=True))
+            problems.append(Problem(annotation.get("id"), unknown, short(annotation.get(key)), fatal=True))
             continue
         if annotation.get("iscrowd"):
             num_crowd += 1
             continue
         box, reason = _usable_box(annotation.get("bbox"), size=sizes[owner])
         if reason:
-            problems.append(Problem(annotation.get("id"), reason, repr(annotation.get("bbox")), fatal=box is None))
+            problems.append(Problem(annotation.get("id"), reason, short(annotation.get("bbox")), fatal=box is None))
         if box is not None:
             owners.append(owner)
             boxes.append(box)
@@ -169,7 +171,7 @@ def load_coco(annotations: Path, images: Path, *, on_error: str = "drop") -> Coc
         )
     owner_tensor = torch.tensor(owners, dtype=torch.int64)
     order = owner_tensor.argsort(stable=True)
-    name_bytes, name_offsets = _pack_names([name.encode() for name in names])
+    name_bytes, name_offsets = _pack_names([os.fsencode(name) for name in names])
     return CocoAnnotations(
         source=annotations,
         folder=images,
@@ -235,7 +237,8 @@ def format_problems(problems: Sequence[Problem], limit: int = 5) -> str:
     """A readable report, one line per reason: count, then the first annotation ids with their values."""
     lines = []
     for (reason, fatal), count in Counter((p.reason, p.fatal) for p in problems).most_common():
-        first = [f"{p.annotation_id}: {p.value}" for p in problems if (p.reason, p.fatal) == (reason, fatal)][:limit]
+        alike = [p for p in problems if (p.reason, p.fatal) == (reason, fatal)]
+        first = [f"{short(p.annotation_id)}: {p.value}" for p in alike[:limit]]
         more = ", ..." if count > limit else ""
         outcome = "not used" if fatal else "clipped"
         lines.append(f"  {count:,} x {reason} ({outcome}): annotation {', '.join(first)}{more}")
@@ -250,15 +253,19 @@ def _usable_box(bbox: object, *, size: tuple[int, int]) -> tuple[tuple[float, fl
     """XYWH of the file -> (XYXY clipped to the image or None, what is wrong or None)."""
     if not isinstance(bbox, list) or len(bbox) != 4:
         return None, "bbox that is not [x, y, width, height]"
-    if not all(type(v) in (int, float) and math.isfinite(v) for v in bbox):
+    # A comparison instead of math.isfinite, which overflows on integers of 400 digits.
+    if not all(type(v) in (int, float) and abs(v) <= sys.float_info.max for v in bbox):
         return None, "bbox with a value that is not a finite number"
     x, y, w, h = map(float, bbox)
     if w <= 0 or h <= 0:
         return None, "bbox without area (width or height <= 0)"
     height, width = size
-    x1, y1, x2, y2 = max(x, 0.0), max(y, 0.0), min(x + w, float(width)), min(y + h, float(height))
-    if x2 <= x1 or y2 <= y1:
+    if x >= width or y >= height or x + w <= 0 or y + h <= 0:
         return None, "bbox outside its image"
+    x1, y1, x2, y2 = max(x, 0.0), max(y, 0.0), min(x + w, float(width)), min(y + h, float(height))
+    left, top, right, bottom = struct.unpack("4f", struct.pack("4f", x1, y1, x2, y2))  # what float32 keeps of it
+    if right <= left or bottom <= top:
+        return None, "bbox too thin to have an area in float32"
     outside = max(x1 - x, y1 - y, x + w - x2, y + h - y2)
     return (x1, y1, x2, y2), "bbox partly outside its image" if outside > CLIP_TOLERANCE_PX else None
 
@@ -268,7 +275,7 @@ def _read_categories(source: Path, entries: list[Any]) -> Categories:
     for entry in entries:
         category_id = entry.get("id") if isinstance(entry, dict) else None
         if type(category_id) is not int or not isinstance(entry.get("name"), str):
-            raise InputError(f"{source}: category {entry!r} needs an integer `id` and a text `name`")
+            raise InputError(f"{source}: category {short(entry)} needs an integer `id` and a text `name`")
         if category_id in names:
             raise InputError(f"{source}: category id {category_id} is defined twice")
         names[category_id] = entry["name"]
@@ -283,17 +290,15 @@ def _read_images(source: Path, folder: Path, entries: list[Any]) -> tuple[list[i
     names: list[str] = []
     for entry in entries:
         if not isinstance(entry, dict):
-            raise InputError(f"{source}: image {entry!r} is not a JSON object")
-        image_id, name, size = (
-            entry.get("id"),
-            entry.get("file_name"),
-            (entry.get("height"), entry.get("width")),
-        )
-        if type(image_id) is not int or not isinstance(name, str):
-            raise InputError(f"{source}: image {entry!r} needs an integer `id` and a text `file_name`")
-        height, width = size
-        if type(height) is not int or type(width) is not int or height <= 0 or width <= 0:
-            raise InputError(f"{source}: image id {image_id} ({name}) needs positive integers `height` and `width`")
+            raise InputError(f"{source}: image {short(entry)} is not a JSON object")
+        image_id, name, height, width = (entry.get(key) for key in ("id", "file_name", "height", "width"))
+        if type(image_id) is not int or not -(2**63) <= image_id < 2**63 or not isinstance(name, str):
+            raise InputError(f"{source}: image {short(entry)} needs an integer `id` of 64 bits and a text `file_name`")
+        if type(height) is not int or type(width) is not int or not (0 < height < 2**31 and 0 < width < 2**31):
+            raise InputError(
+                f"{source}: image id {image_id} ({name!r}) needs positive integers `height` and `width`, "
+                f"got {short(height)} and {short(width)}"
+            )
         if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
             raise InputError(f"{source}: image id {image_id}: file_name {name!r} leaves the image folder {folder}")
         ids.append(image_id)
@@ -313,8 +318,14 @@ def _read_images(source: Path, folder: Path, entries: list[Any]) -> tuple[list[i
 
 def _missing(folder: Path, names: Iterable[str]) -> list[str]:
     """File names that do not exist below `folder`; one directory listing instead of one call per file."""
-    present = {e.name for e in os.scandir(folder) if e.is_file()} if folder.is_dir() else set()
-    return [name for name in names if name not in present and not (folder / name).is_file()]
+    try:
+        present = {e.name for e in os.scandir(folder) if e.is_file()}
+    except OSError as error:
+        raise InputError(
+            f"{folder}: cannot read the image folder ({error.strerror}). Paths are relative to the current folder; "
+            "set data.train.images and data.val.images"
+        ) from error
+    return [name for name in names if name not in present and not os.path.isfile(folder / name)]
 
 
 def _offsets(counts: Tensor) -> Tensor:
@@ -322,5 +333,5 @@ def _offsets(counts: Tensor) -> Tensor:
 
 
 def _pack_names(names: Sequence[bytes]) -> tuple[Tensor, Tensor]:
-    packed = torch.frombuffer(bytearray(b"".join(names)), dtype=torch.uint8)
+    packed = torch.tensor(list(b"".join(names)), dtype=torch.uint8)  # frombuffer refuses an empty buffer
     return packed, _offsets(torch.tensor([len(name) for name in names], dtype=torch.int64))

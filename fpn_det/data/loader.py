@@ -9,10 +9,14 @@ Dimensions: N images of a batch, G boxes (largest count in the batch), n images 
 
 from __future__ import annotations
 
+import atexit
+import multiprocessing
+import os
 import random
 import signal
 from collections.abc import Callable, Iterator, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
+from multiprocessing.synchronize import Event
 
 import numpy as np
 import torch
@@ -63,9 +67,10 @@ class DetectionDataset(Dataset[Sample]):
 class TrainSampler(Sampler[list[Key]]):
     """Endless micro-batches of one process, in the order of the steps.
 
-    The stream of images is one permutation after the other, so every image is seen once per epoch and there is no
-    boundary at which workers would restart. Within each window of `WINDOW_BATCHES` steps, landscape and portrait
-    images are put into separate batches (less padding), and the batches shuffled.
+    The stream of images is one permutation after the other, without a boundary at which workers would restart, cut
+    into windows of `WINDOW_BATCHES` steps: after any number of whole windows, no image was seen more than once more
+    than another. Within a window, landscape and portrait images are put into separate batches (less padding; at most
+    one batch is mixed), and the batches shuffled.
 
     Args:
         sizes: (n, 2) (h, w) of the images.
@@ -193,6 +198,8 @@ def make_loader(
         num_workers: processes that load; 0 loads in the calling process.
         pin_memory: whether batches come in page-locked memory (for a GPU).
     """
+    ending = multiprocessing.Event()
+    atexit.register(ending.set)
     return DataLoader(
         dataset,
         batch_sampler=sampler,
@@ -200,11 +207,19 @@ def make_loader(
         collate_fn=collate,
         pin_memory=pin_memory,
         persistent_workers=num_workers > 0,
-        worker_init_fn=_leave_signals_to_parent,
+        worker_init_fn=partial(_leave_signals_to_parent, ending=ending),
     )
 
 
-def _leave_signals_to_parent(worker_id: int) -> None:
-    """Ctrl-C reaches all processes of a terminal; the workers must outlive the step that the main one finishes."""
+def _leave_signals_to_parent(worker_id: int, *, ending: Event) -> None:
+    """Signals reach all processes of a terminal or job; the workers must outlive the step that the main one finishes.
+
+    At its exit Python sends SIGTERM to the workers that are left and waits for them: that one they must obey.
+    """
+
+    def obey_at_exit(*_: object) -> None:
+        if ending.is_set():
+            os._exit(0)
+
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, obey_at_exit)

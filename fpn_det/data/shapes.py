@@ -1,7 +1,7 @@
 """A generated detection data set in COCO format: coloured shapes on textured backgrounds.
 
 It stands in for real data where none is at hand: a detector trains on it in minutes. It has what real data sets have
-and toys lack: sizes from 14 pixels to most of the image, occlusion, images without objects, crowd annotations,
+and toys lack: sizes from 16 pixels to most of the image, occlusion, images without objects, crowd annotations,
 gaps in category and image ids, images of different sizes.
 
 Shapes are told apart by outline, never by colour. All are drawn into one label map of `SUBPIXELS` times the
@@ -33,7 +33,7 @@ CATEGORIES = {"circle": 3, "square": 7, "triangle": 8, "cross": 21, "ring": 90}
 
 SPLITS = ("train", "val")
 SUBPIXELS = 4
-SMALLEST_PX = 14.0
+SMALLEST_PX = 16.0
 """Smallest longest side of an annotated shape; the members of a crowd stay below `CROWD_PX[1]`."""
 CROWD_PX = (6.0, 8.0)
 CROWD_PITCH_PX = 9.0

@@ -56,9 +56,8 @@ def load_checkpoint(path: Path) -> State:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # the unpickler meets other files with nearly any exception
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(
-            f"{path}: damaged, or not a checkpoint of weights and plain data ({reason}). Use another one; "
+            f"{path}: damaged, or not a checkpoint of tensors and plain data ({type(error).__name__}). Use another; "
             "a run whose last step_*.pth is deleted resumes from the one before"
         ) from error
     missing = {"model", "categories", "config", "step"} - set(state if isinstance(state, dict) else ())

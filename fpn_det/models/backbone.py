@@ -120,7 +120,9 @@ def read_classifier(name: str, weights: str) -> dict[str, Tensor]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # the unpickler meets other files with nearly any exception
-        raise InputError(f"model.backbone.weights: {path} is not a file of PyTorch weights ({error})") from error
+        raise InputError(
+            f"model.backbone.weights: {path} is not a file of PyTorch weights ({type(error).__name__})"
+        ) from error
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
         raise InputError(f"model.backbone.weights: {path} holds no state dict of a torchvision {name}")
     return state

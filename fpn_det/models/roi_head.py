@@ -148,7 +148,7 @@ class RoIHead(nn.Module):
         n, s = boxes.shape[:2]
         hidden = self.box_head(self.pooler(features, boxes))
         logits, deltas = self.class_logits(hidden), self.box_deltas(hidden)
-        return logits.float().view(n, s, -1), deltas.float().view(n, s, -1, 4)
+        return logits.float().view(n, s, self.num_classes + 1), deltas.float().view(n, s, deltas.shape[1] // 4, 4)
 
     def loss(self, logits: Tensor, deltas: Tensor, samples: RoISamples) -> dict[str, Tensor]:
         """Cross-entropy and (smooth) L1 of the positives, both divided by the number of sampled RoIs."""

@@ -15,6 +15,7 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.backbone_utils import BackboneWithFPN
 from torchvision.models.detection.faster_rcnn import FasterRCNN as TorchvisionFasterRCNN
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
+from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops import FrozenBatchNorm2d, MultiScaleRoIAlign
 
 from fpn_det.models import roi_head as roi_head_module
@@ -25,7 +26,11 @@ from fpn_det.structures import Batch
 
 K = 3
 SIZES = [(97, 131), (120, 187), (64, 165)]
-BOXES = [[[10.2, 12.5, 60.7, 55.1], [70, 20, 125.5, 90.3]], [], [[5, 6, 27.5, 30], [40, 3, 140, 62], [100, 30, 131, 58]]]
+BOXES = [
+    [[10.2, 12.5, 60.7, 55.1], [70, 20, 125.5, 90.3]],
+    [],
+    [[5, 6, 27.5, 30], [40, 3, 140, 62], [100, 30, 131, 58]],
+]
 LABELS = [[0, 2], [], [1, 1, 0]]
 RPN_OPTIONS = {"smooth_l1_beta": 1 / 9, "post_nms_top_k_train": 2000, "min_size": 1e-3}
 ROI_OPTIONS = {"smooth_l1_beta": 1 / 9, "min_size": 1e-2, "num_samples": 128}
@@ -47,9 +52,8 @@ class Pair:
 
     @property
     def images(self) -> list[Tensor]:
-        return [
-            image[:, :h, :w] / 255 for image, (h, w) in zip(self.batch.images, self.batch.sizes.tolist(), strict=True)
-        ]
+        normalized = self.ours.normalize(self.batch.images, self.batch.sizes)
+        return [image[:, :h, :w] for image, (h, w) in zip(normalized, SIZES, strict=True)]
 
     @property
     def targets(self) -> list[dict[str, Tensor]]:
@@ -132,7 +136,13 @@ def build_theirs(ours: FasterRCNN) -> TorchvisionFasterRCNN:
         box_batch_size_per_image=ROI_OPTIONS["num_samples"],
     )
     theirs.transform.resize = lambda image, target=None: (image, target)
-    state = {their_name(name): as_theirs(name, value) for name, value in ours.state_dict().items() if "rpn.anchors" not in name}
+    # They get our normalised pixels, equal to the bit: else rounding decides about ReLUs near 0 and near ties.
+    theirs.transform.normalize = lambda image: image
+    state = {
+        their_name(name): as_theirs(name, value)
+        for name, value in ours.state_dict().items()
+        if "rpn.anchors" not in name
+    }
     theirs.load_state_dict(state)  # strict: nothing of theirs is left at random
     return theirs
 
@@ -166,6 +176,13 @@ def pair(make_model, make_batch) -> Pair:
         logits, _ = ours.roi_head(features, proposals.boxes)
         ours.roi_head.class_logits.bias -= logits[proposals.valid].mean(dim=0)
     return Pair(ours=ours, theirs=build_theirs(ours), batch=batch)
+
+
+def test_normalized_pixels(pair: Pair) -> None:
+    transform = GeneralizedRCNNTransform(800, 1333, image_mean=[0.485, 0.456, 0.406], image_std=[0.229, 0.224, 0.225])
+    images = [image[:, :h, :w] / 255 for image, (h, w) in zip(pair.batch.images, SIZES, strict=True)]
+    expected = transform.batch_images([transform.normalize(image) for image in images])
+    close(pair.ours.normalize(pair.batch.images, pair.batch.sizes), expected, tolerance=1e-6)
 
 
 def test_features_and_rpn_outputs(pair: Pair) -> None:
@@ -219,21 +236,25 @@ def test_roi_features_and_outputs(pair: Pair) -> None:
     close(deltas.flatten(0, 1), their_deltas.view(240, K + 1, 4)[:, 1:])
 
 
-@pytest.mark.parametrize("most", [30, 1000])
+@pytest.mark.parametrize("most", [30, 3000])
 def test_detections(pair: Pair, most: int) -> None:
     pair.ours.eval().roi_head.detections_per_image = most
     pair.theirs.eval().roi_heads.detections_per_img = most
     detections = pair.ours.predict(pair.batch)
     with torch.no_grad():
         their_detections = pair.theirs(pair.images)
-    if most == 1000:  # the test is worth something: all classes, high and low scores
+    if most == 3000:  # the test is worth something: all classes, high and low scores
         assert torch.cat([d.labels for d in detections]).unique().tolist() == list(range(K))
-        assert all(d.scores.max() > 0.8 and d.scores.min() < 0.1 for d in detections)
+        assert all(d.scores.max() - d.scores.min() > 0.5 for d in detections)
     for ours, theirs in zip(detections, their_detections, strict=True):
-        assert len(ours) == 30 if most == 30 else 100 < len(ours) < 1000
-        assert torch.equal(ours.labels, theirs["labels"] - 1)
-        torch.testing.assert_close(ours.boxes, theirs["boxes"], rtol=0, atol=0.01)
-        torch.testing.assert_close(ours.scores, theirs["scores"], rtol=0, atol=1e-5)
+        assert len(ours) == 30 if most == 30 else 100 < len(ours) < 3000
+        torch.testing.assert_close(ours.scores, theirs["scores"], rtol=0, atol=1e-5)  # in order
+        # Scores that differ by one rounding may be in another order: find each detection among theirs.
+        same = (ours.labels[:, None] == theirs["labels"] - 1) & ((ours.scores[:, None] - theirs["scores"]).abs() < 1e-5)
+        same &= (ours.boxes[:, None] - theirs["boxes"]).abs().amax(dim=-1) < 0.01
+        assert same.any(dim=1).all()
+        assert same.any(dim=0).all()
+        assert same.diagonal().float().mean() > 0.98
 
 
 def choose(positive: Tensor, negative: Tensor, num: int, fraction: float) -> Tensor:
@@ -281,15 +302,11 @@ def test_losses_and_gradients(pair: Pair, monkeypatch: pytest.MonkeyPatch, roi_s
     anchor_sampler, roi_sampler = TheirSampler(256, 0.5), TheirSampler(roi_samples, 0.25)
     pair.theirs.rpn.fg_bg_sampler = anchor_sampler
     pair.theirs.roi_heads.fg_bg_sampler = roi_sampler
-    # The same normalised pixels to the bit: else rounding decides about ReLUs near 0, which gradients show.
-    pair.theirs.transform.normalize = lambda image: image
-    normalized = pair.ours.normalize(pair.batch.images, pair.batch.sizes)
-    images = [image[:, :h, :w] for image, (h, w) in zip(normalized, SIZES, strict=True)]
     pair.ours.train()
     pair.theirs.train()
 
     losses, stats = pair.ours(pair.batch)
-    their_losses = pair.theirs(images, pair.targets)
+    their_losses = pair.theirs(pair.images, pair.targets)
     assert stats["rpn_positives"] == sum(anchor_sampler.positives) / 3 > 1
     assert stats["roi_positives"] == sum(roi_sampler.positives) / 3 > 1
     assert losses.keys() == LOSS_NAMES.keys()

@@ -1,0 +1,373 @@
+"""The stream of batches: a pure function of (seed, step), whatever the processes and workers."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import json
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import redirect_stderr
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from fpn_det.cli import user_errors
+from fpn_det.data.coco import CocoAnnotations, load_coco
+from fpn_det.data.loader import (
+    WINDOW_BATCHES,
+    DetectionDataset,
+    Key,
+    TestSampler,
+    TrainSampler,
+    collate,
+    make_loader,
+)
+from fpn_det.data.transforms import TestTransform, TrainTransform
+from fpn_det.structures import Batch, InputError, Sample
+
+
+def random_sizes(n: int, seed: int = 0) -> torch.Tensor:
+    """About half portrait, a few square."""
+    return torch.randint(30, 40, (n, 2), generator=torch.Generator().manual_seed(seed))
+
+
+def take(sampler: TrainSampler, count: int) -> list[list[Key]]:
+    return list(itertools.islice(sampler, count))
+
+
+# Training stream
+
+
+@pytest.mark.parametrize("start", [1, 5, 15, 16, 17, 40])
+@pytest.mark.parametrize("n", [3, 7, 100])
+def test_starting_at_a_step_equals_skipping_to_it(n: int, start: int) -> None:
+    """Also where the micro-batches are several per step."""
+    for options in ({}, {"accumulate": 2}, {"world_size": 2, "rank": 1}):
+        straight = TrainSampler(random_sizes(n), batch_size=4, seed=3, **options)
+        resumed = TrainSampler(random_sizes(n), batch_size=4, seed=3, start_step=start, **options)
+        skipped = start * options.get("accumulate", 1)
+        assert take(resumed, 30) == take(straight, skipped + 30)[skipped:]
+
+
+def test_the_stream_can_be_started_twice() -> None:
+    sampler = TrainSampler(random_sizes(9), batch_size=4, seed=3, start_step=2)
+    assert take(sampler, 20) == take(sampler, 20)
+
+
+@pytest.mark.parametrize(("world_size", "accumulate"), [(1, 1), (2, 1), (1, 4), (4, 2), (8, 1)])
+def test_ranks_and_micro_batches_share_out_the_same_steps(world_size: int, accumulate: int) -> None:
+    num_steps, sizes = 40, random_sizes(50)
+    whole = take(TrainSampler(sizes, batch_size=8, seed=1), num_steps)
+    streams = [
+        take(
+            TrainSampler(sizes, batch_size=8, seed=1, rank=r, world_size=world_size, accumulate=accumulate),
+            num_steps * accumulate,
+        )
+        for r in range(world_size)
+    ]
+    assert {len(micro) for stream in streams for micro in stream} == {8 // (world_size * accumulate)}
+    for step in range(num_steps):
+        shares = [micro for stream in streams for micro in stream[step * accumulate : (step + 1) * accumulate]]
+        assert [key for share in shares for key in share] == whole[step]
+
+
+@pytest.mark.parametrize(("n", "batch_size"), [(1, 1), (1, 4), (3, 8), (64, 4), (100, 4), (63, 1), (1000, 8)])
+def test_every_image_comes_once_per_epoch(n: int, batch_size: int) -> None:
+    """After whole windows the counts differ by one at most; where n divides them, they are equal."""
+    sampler = TrainSampler(random_sizes(n), batch_size=batch_size, seed=0)
+    counts = Counter(dict.fromkeys(range(n), 0))
+    for window in range(1, 30):
+        counts.update(i for batch in sampler.window(window - 1) for i, _ in batch)
+        seen = window * WINDOW_BATCHES * batch_size
+        assert set(counts.values()) == {seen // n, -(-seen // n)}
+        assert counts.total() == seen
+
+
+def test_epochs_and_seeds_give_other_batches() -> None:
+    sizes = torch.full((WINDOW_BATCHES * 4, 2), 10)  # one window is one epoch
+
+    def company(seed: int, window: int) -> set[tuple[int, ...]]:
+        """Which images share a batch, whatever the order of the batches."""
+        return {tuple(i for i, _ in batch) for batch in TrainSampler(sizes, batch_size=4, seed=seed).window(window)}
+
+    companies = [company(0, 0), company(0, 1), company(0, 2), company(1, 0)]
+    assert all(sorted(i for batch in c for i in batch) == list(range(len(sizes))) for c in companies)
+    assert all(len(a & b) < 3 for a, b in itertools.combinations(companies, 2))
+    assert company(0, 0) == companies[0]
+
+
+def test_the_augmentation_seed_differs_between_occurrences() -> None:
+    seeds = [
+        seed
+        for run in (0, 1)
+        for batch in take(TrainSampler(random_sizes(5), batch_size=4, seed=run), 400)
+        for _, seed in batch
+    ]
+    assert len(set(seeds)) == len(seeds) == 3200
+    assert all(0 <= seed < 2**64 for seed in seeds)
+    assert max(seeds) >= 2**63, "64 bits: collisions do not happen"
+
+
+def test_portrait_and_landscape_are_apart_in_all_but_one_batch_of_a_window() -> None:
+    sizes = random_sizes(1000)
+    portrait = (sizes[:, 0] > sizes[:, 1]).tolist()
+    grouped = TrainSampler(sizes, batch_size=8, seed=0)
+    ungrouped = TrainSampler(sizes, batch_size=8, seed=0, group_by_aspect=False)
+
+    def mixed(sampler: TrainSampler, number: int) -> int:
+        return sum(len({portrait[i] for i, _ in batch}) == 2 for batch in sampler.window(number))
+
+    assert all(mixed(grouped, number) <= 1 for number in range(20))
+    assert all(mixed(ungrouped, number) > 8 for number in range(20))
+    # Not all landscape batches first: within a window the batches come in random order.
+    kinds = [[portrait[batch[0][0]] for batch in grouped.window(number)] for number in range(20)]
+    assert all(sum(a != b for a, b in itertools.pairwise(k)) > 1 for k in kinds)
+    same_images = [sorted(i for b in s.window(0) for i, _ in b) for s in (grouped, ungrouped)]
+    assert same_images[0] == same_images[1]
+
+
+def test_a_window_of_a_large_data_set_costs_little(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The permutation of an epoch is drawn once, not once per image or window."""
+    drawn = []
+    original = TrainSampler._permutation
+    monkeypatch.setattr(TrainSampler, "_permutation", lambda self, epoch: drawn.append(epoch) or original(self, epoch))
+    take(TrainSampler(random_sizes(5000), batch_size=16, seed=0), 1000)
+    assert drawn == [0, 1, 2, 3]
+
+
+# Test stream
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 8])
+@pytest.mark.parametrize("n", [1, 2, 10, 33])
+def test_every_test_image_comes_once_in_batches_that_no_world_size_changes(n: int, batch_size: int) -> None:
+    sizes = random_sizes(n)
+    alone = list(TestSampler(sizes, batch_size=batch_size))
+    assert sorted(i for batch in alone for i, _ in batch) == list(range(n))
+    assert [len(batch) for batch in alone[:-1]] == [batch_size] * (len(alone) - 1)
+    for world_size in (1, 2, 3, 7, 50):
+        shares = [TestSampler(sizes, batch_size=batch_size, rank=r, world_size=world_size) for r in range(world_size)]
+        batches = [batch for share in shares for batch in share]
+        assert sorted(batches) == sorted(alone)
+        assert [len(share) for share in shares] == [len(list(share)) for share in shares]
+        lengths = [len(share) for share in shares]
+        assert max(lengths) - min(lengths) <= 1
+
+
+def test_test_batches_hold_similar_aspects() -> None:
+    sizes = random_sizes(64)
+    aspects = [[(sizes[i, 1] / sizes[i, 0]).item() for i, _ in batch] for batch in TestSampler(sizes, batch_size=4)]
+    flat = [a for batch in aspects for a in batch]
+    assert flat == sorted(flat)
+
+
+# Collate
+
+
+def sample(height: int, width: int, num_boxes: int, image_id: int = 1) -> Sample:
+    return Sample(
+        image=torch.randint(1, 256, (3, height, width), dtype=torch.uint8),
+        boxes=torch.rand(num_boxes, 4) + 1,
+        labels=torch.arange(num_boxes) + 1,
+        image_id=image_id,
+        original_size=(2 * height, 3 * width),
+    )
+
+
+def test_collate_pads_at_the_right_and_the_bottom() -> None:
+    samples = [sample(33, 20, 2, image_id=-(2**63)), sample(10, 64, 0, image_id=2**63 - 1), sample(5, 7, 3)]
+    batch = collate(samples)
+    assert batch.images.shape == (3, 3, 64, 64)
+    assert batch.images.dtype == torch.uint8
+    assert batch.sizes.tolist() == [[33, 20], [10, 64], [5, 7]]
+    assert batch.original_sizes.tolist() == [[66, 60], [20, 192], [10, 21]]
+    assert batch.image_ids.tolist() == [-(2**63), 2**63 - 1, 1]
+    targets = batch.targets
+    assert (targets.boxes.shape, targets.labels.shape, targets.valid.shape) == ((3, 3, 4), (3, 3), (3, 3))
+    assert (targets.boxes.dtype, targets.labels.dtype, targets.valid.dtype) == (
+        torch.float32,
+        torch.int64,
+        torch.bool,
+    )
+    assert targets.valid.tolist() == [[True, True, False], [False] * 3, [True] * 3]
+    for i, s in enumerate(samples):
+        h, w = s.image.shape[1:]
+        assert torch.equal(batch.images[i, :, :h, :w], s.image)
+        assert batch.images[i].count_nonzero() == s.image.numel(), "padding is zero"
+        assert torch.equal(targets.boxes[i][targets.valid[i]], s.boxes)
+        assert torch.equal(targets.labels[i][targets.valid[i]], s.labels)
+    assert targets.boxes[~targets.valid].count_nonzero() == 0
+    assert targets.labels[~targets.valid].count_nonzero() == 0
+
+
+def test_collate_without_any_box() -> None:
+    batch = collate([sample(32, 64, 0), sample(32, 64, 0)])
+    assert batch.images.shape == (2, 3, 32, 64), "a multiple of 32 stays"
+    assert batch.targets.boxes.shape == (2, 0, 4)
+    assert batch.targets.labels.shape == batch.targets.valid.shape == (2, 0)
+
+
+def test_collate_to_another_divisor() -> None:
+    assert collate([sample(65, 128, 1)], size_divisor=64).images.shape == (1, 3, 128, 128)
+
+
+# End to end
+
+
+@pytest.fixture(scope="module")
+def annotations(tmp_path_factory: pytest.TempPathFactory) -> CocoAnnotations:
+    """Ten images of noise in portrait and landscape, one without a box."""
+    folder = tmp_path_factory.mktemp("noise")
+    rng = np.random.default_rng(0)
+    images, boxes = [], []
+    for i in range(10):
+        height, width = (48, 64) if i % 3 else (64, 40)
+        Image.fromarray(rng.integers(0, 256, (height, width, 3), np.uint8)).save(folder / f"{i}.jpg")
+        images.append({"id": 100 - i, "file_name": f"{i}.jpg", "width": width, "height": height})
+        boxes += [{"id": len(boxes), "image_id": 100 - i, "category_id": 1, "bbox": [j, 3, 9, 8]} for j in range(i)]
+    path = folder / "annotations.json"
+    path.write_text(json.dumps({"images": images, "annotations": boxes, "categories": [{"id": 1, "name": "x"}]}))
+    return load_coco(path, folder)
+
+
+TRAIN = TrainTransform(short_sides=(32, 40, 48), long_side=80, horizontal_flip=0.5, vertical_flip=0.5)
+
+
+def batches(annotations: CocoAnnotations, *, num_workers: int, start_step: int = 0) -> Iterator[Any]:
+    sampler = TrainSampler(annotations.sizes, batch_size=4, seed=5, start_step=start_step)
+    return iter(make_loader(DetectionDataset(annotations, TRAIN), sampler, num_workers=num_workers, pin_memory=False))
+
+
+def identical(one: Batch, other: Batch) -> bool:
+    return all(
+        torch.equal(a, b)
+        for part, reference in ((one, other), (one.targets, other.targets))
+        for a, b in ((v, getattr(reference, k)) for k, v in vars(part).items() if isinstance(v, torch.Tensor))
+    )
+
+
+def test_workers_change_nothing_and_resuming_goes_on(annotations: CocoAnnotations) -> None:
+    """Nor does the state of the global random generators."""
+    torch.manual_seed(1)
+    straight = list(itertools.islice(batches(annotations, num_workers=0), 12))
+    torch.manual_seed(2)
+    parallel = list(itertools.islice(batches(annotations, num_workers=2), 12))
+    resumed = list(itertools.islice(batches(annotations, num_workers=0, start_step=7), 5))
+    assert all(identical(a, b) for a, b in zip(straight, parallel, strict=True))
+    assert all(identical(a, b) for a, b in zip(straight[7:], resumed, strict=True))
+    assert not identical(straight[0], straight[1])
+    assert {tuple(b.images.shape[:2]) for b in straight} == {(4, 3)}
+    assert all(side % 32 == 0 for b in straight for side in b.images.shape[2:])
+
+
+def test_test_batches_in_a_persistent_loader_can_be_read_again(annotations: CocoAnnotations) -> None:
+    dataset = DetectionDataset(annotations, TestTransform(short_side=32, long_side=64))
+    loader = make_loader(dataset, TestSampler(annotations.sizes, batch_size=3), num_workers=1, pin_memory=False)
+    first, second = list(loader), list(loader)
+    assert all(identical(a, b) for a, b in zip(first, second, strict=True))
+    ids = [i for batch in first for i in batch.image_ids.tolist()]
+    assert sorted(ids) == list(range(91, 101))
+    for batch in first:
+        for i, image_id in enumerate(batch.image_ids.tolist()):
+            index = 100 - image_id
+            h, w = annotations.sizes[index].tolist()
+            boxes, _ = annotations.targets(index)
+            assert batch.original_sizes[i].tolist() == [h, w]
+            scale = torch.tensor([batch.sizes[i, 1] / w, batch.sizes[i, 0] / h]).repeat(2)
+            torch.testing.assert_close(batch.targets.boxes[i][batch.targets.valid[i]], boxes * scale)
+
+
+def test_a_process_without_a_share_gets_no_batch(annotations: CocoAnnotations) -> None:
+    dataset = DetectionDataset(annotations, TestTransform(short_side=32, long_side=64))
+    sampler = TestSampler(annotations.sizes, batch_size=10, rank=1, world_size=2)
+    assert list(make_loader(dataset, sampler, num_workers=0, pin_memory=False)) == []
+
+
+def test_the_data_set_reaches_workers_that_are_not_forked(annotations: CocoAnnotations) -> None:
+    """On macOS and Windows workers are started anew and get a pickled copy."""
+    copied = pickle.loads(pickle.dumps(DetectionDataset(annotations, TRAIN)))
+    assert len(copied) == 10
+    one, other = copied[4, 99], DetectionDataset(annotations, TRAIN)[4, 99]
+    assert torch.equal(one.image, other.image)
+    assert torch.equal(one.boxes, other.boxes)
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_bad_image_is_named_in_one_line(annotations: CocoAnnotations, tmp_path: Path, num_workers: int) -> None:
+    """Also out of a worker, whose traceback comes with it."""
+    for source in annotations.folder.glob("*.jpg"):
+        (tmp_path / source.name).write_bytes(source.read_bytes()[:-50])
+    bad = load_coco(annotations.source, tmp_path)
+    stderr = io.StringIO()
+    with pytest.raises(SystemExit) as caught, redirect_stderr(stderr), user_errors():
+        next(batches(bad, num_workers=num_workers))
+    assert caught.value.code == 2
+    [line] = stderr.getvalue().splitlines()
+    assert line.startswith(f"error: {tmp_path}{os.sep}")
+    assert "jpg: cannot decode the image (OSError: image file is truncated" in line
+    with pytest.raises(InputError):
+        next(batches(bad, num_workers=num_workers))
+
+
+# Signals
+
+LEFT_OVER = """
+    import sys
+    from pathlib import Path
+    from fpn_det.data.coco import load_coco
+    from fpn_det.data.loader import DetectionDataset, TrainSampler, make_loader
+    from fpn_det.data.transforms import TestTransform
+
+    data = load_coco(Path(sys.argv[1]), Path(sys.argv[1]).parent)
+    loader = make_loader(
+        DetectionDataset(data, TestTransform(short_side=32, long_side=64)),
+        TrainSampler(data.sizes, batch_size=2, seed=0), num_workers=1, pin_memory=False,
+    )
+    stream = iter(loader)
+    next(stream)
+    print("loaded", flush=True)
+    raise RuntimeError
+"""
+
+
+def test_workers_do_not_keep_an_ending_process_alive(annotations: CocoAnnotations) -> None:
+    """A loader that is still referenced at exit, as by the traceback of an error, is left to Python to clean up."""
+    command = [sys.executable, "-c", textwrap.dedent(LEFT_OVER), str(annotations.source)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "loaded\n"
+        try:
+            assert process.wait(timeout=20) == 1
+        finally:
+            process.kill()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such signals")
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_workers_outlive_a_signal_to_all(annotations: CocoAnnotations, name: str) -> None:
+    """Ctrl-C and the end of a cluster job reach every process; the main one still finishes its step."""
+    stream = batches(annotations, num_workers=1)
+    next(stream)
+    [worker] = stream._workers
+    os.kill(worker.pid, getattr(signal, name))
+    time.sleep(0.3)
+    expected = batches(annotations, num_workers=0)
+    next(expected)
+    for _ in range(5):  # more than what was prefetched
+        assert identical(next(stream), next(expected))
+    assert worker.is_alive()
+    del stream
+    worker.join(5)
+    assert worker.exitcode == 0

@@ -1,0 +1,434 @@
+"""Decoding against Pillow, resizing and mirroring against first principles."""
+
+from __future__ import annotations
+
+import io
+import random
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from fpn_det.data import transforms
+from fpn_det.data.transforms import (
+    TestTransform,
+    TrainTransform,
+    flip_horizontally,
+    flip_vertically,
+    load_image,
+    resize,
+    resized_size,
+)
+from fpn_det.structures import InputError, Sample
+
+JPEG_LEVELS = 3
+"""Decoders of JPEG may differ by rounding."""
+
+
+def picture(width: int = 80, height: int = 60) -> Image.Image:
+    """Smooth colours without any symmetry."""
+    y, x = np.mgrid[0:height, 0:width]
+    channels = [255 * x / width, 255 * y / height, 127 + 120 * np.sin(x / 9 + y / 5)]
+    return Image.fromarray(np.stack(channels, axis=-1).astype(np.uint8))
+
+
+def encode(image: Image.Image, kind: str, **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def with_orientation(image: Image.Image, orientation: int, kind: str = "JPEG") -> bytes:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    return encode(image, kind, exif=exif, **({"quality": 95} if kind == "JPEG" else {}))
+
+
+def load_bytes(folder: Path, data: bytes, size: tuple[int, int] | None = None) -> Tensor:
+    path = folder / "image"
+    path.write_bytes(data)
+    return load_image(path, size)
+
+
+def pixels(image: Image.Image) -> Tensor:
+    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+
+
+def difference(one: Tensor, other: Tensor) -> int:
+    assert one.dtype == other.dtype == torch.uint8
+    assert one.shape == other.shape
+    return int((one.int() - other.int()).abs().max())
+
+
+# Every awkward file has a stated outcome: (h, w), or what the error says.
+
+OUTCOMES: dict[str, tuple[int, int] | str] = {
+    "12in16bit.tif": (100, 100),
+    "1_trns.png": (64, 64),
+    "LICENSE": "cannot identify image file",
+    "broken.png": "cannot identify image file",
+    "broken_data_stream.png": "unrecognized data stream contents",
+    "broken_exif_dpi.jpg": (100, 100),
+    "decompression_bomb.gif": "could be decompression bomb",
+    "exif_typeerror.jpg": (531, 800),
+    "flower.webp": (360, 480),
+    "hopper.Lab.tif": (128, 128),
+    "hopper_gray.jpg": (128, 128),
+    "hopper_orientation_3.jpg": (128, 128),
+    "hopper_orientation_6.jpg": (128, 128),
+    "hopper_orientation_8.jpg": (128, 128),
+    "i_trns.png": (64, 64),
+    "iss634.gif": (245, 245),
+    "iss634.webp": (245, 245),
+    "mode_16bit.png": (64, 128),
+    "p_trns_single.png": (64, 64),
+    "pil123rgba.png": (150, 162),
+    "pil_sample_cmyk.jpg": (100, 100),
+    "tRNS_null_1x1.png": (1, 1),
+    "truncated_image.png": "image file is truncated",
+    "truncated_jpeg.jpg": "image file is truncated",
+    "zero_width.gif": "cannot identify image file",
+}
+
+
+@pytest.mark.parametrize("name", sorted(OUTCOMES))
+@pytest.mark.filterwarnings("ignore:Palette images with Transparency")
+def test_every_awkward_file_has_a_stated_outcome(test_data: Path, name: str) -> None:
+    path, outcome = test_data / "images" / name, OUTCOMES[name]
+    if isinstance(outcome, str):
+        with pytest.raises(InputError) as caught:
+            load_image(path)
+        message = str(caught.value)
+        assert message.startswith(f"{path}: cannot decode the image (")
+        assert outcome in message
+        assert "\n" not in message
+        return
+    got = load_image(path)
+    assert got.shape == (3, *outcome)
+    assert got.dtype == torch.uint8
+    with Image.open(path) as file:
+        upright = ImageOps.exif_transpose(file)
+        if upright.mode == "I;16":
+            upper = torch.from_numpy(np.array(upright).astype(np.int64) >> 8).to(torch.uint8)
+            assert torch.equal(got, upper.expand(3, -1, -1))
+        else:
+            assert difference(got, pixels(upright)) <= (JPEG_LEVELS if name.endswith("jpg") else 0)
+
+
+def test_the_table_of_outcomes_is_complete(test_data: Path) -> None:
+    assert {p.name for p in (test_data / "images").iterdir()} == set(OUTCOMES)
+
+
+def test_photographs_equal_pillow(test_data: Path) -> None:
+    for path in sorted((test_data / "bccd/images").glob("*.jpg"))[:5]:
+        with Image.open(path) as file:
+            assert difference(load_image(path, size=(480, 640)), pixels(file)) <= JPEG_LEVELS
+
+
+# Formats
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "RGBA", "LA"])
+def test_png_modes_become_rgb(tmp_path: Path, mode: str) -> None:
+    image = picture().convert(mode)
+    assert torch.equal(load_bytes(tmp_path, encode(image, "PNG")), pixels(image))
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB", "YCbCr", "CMYK"])
+@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"subsampling": 0}], ids=str)
+def test_jpeg_modes_become_rgb(tmp_path: Path, mode: str, options: dict[str, Any]) -> None:
+    data = encode(picture().convert(mode), "JPEG", **options)
+    got = load_bytes(tmp_path, data)
+    assert difference(got, pixels(Image.open(io.BytesIO(data)))) <= JPEG_LEVELS
+    original = pixels(picture().convert(mode)).float()
+    assert (got - original).abs().mean() < 8, "inverted or with swapped channels"
+
+
+def test_alpha_is_dropped_not_blended(tmp_path: Path) -> None:
+    image = picture()
+    opaque = pixels(image)
+    image.putalpha(0)
+    assert torch.equal(load_bytes(tmp_path, encode(image, "PNG")), opaque)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
+def test_of_16_bits_the_upper_byte_is_kept(tmp_path: Path, kind: str) -> None:
+    values = np.arange(0, 65536, 16, dtype=np.uint16).reshape(64, 64)
+    got = load_bytes(tmp_path, encode(Image.fromarray(values), kind))
+    assert torch.equal(got, torch.from_numpy((values >> 8).astype(np.uint8)).expand(3, -1, -1))
+
+
+def test_floating_point_pixels_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="convert the file to 8 bits"):
+        load_bytes(tmp_path, encode(Image.new("F", (4, 4)), "TIFF"))
+
+
+def test_common_jpegs_take_the_fast_decoder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also those that a phone rotates; only four components need Pillow."""
+
+    def unexpected(*_: Any, **__: Any) -> None:
+        raise AssertionError("decoded with Pillow")
+
+    monkeypatch.setattr(transforms, "_decode_with_pillow", unexpected)
+    for image in (picture(), picture().convert("L")):
+        for options in ({}, {"progressive": True}):
+            load_bytes(tmp_path, encode(image, "JPEG", **options))
+    load_bytes(tmp_path, with_orientation(picture(), 6))
+    with pytest.raises(AssertionError, match="Pillow"):
+        load_bytes(tmp_path, encode(picture().convert("CMYK"), "JPEG"))
+
+
+# Orientation
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation_is_honoured(tmp_path: Path, orientation: int) -> None:
+    data = with_orientation(picture(80, 60), orientation)
+    upright = pixels(ImageOps.exif_transpose(Image.open(io.BytesIO(data))))
+    assert upright.shape == ((3, 60, 80) if orientation < 5 else (3, 80, 60))
+    assert difference(load_bytes(tmp_path, data), upright) <= JPEG_LEVELS
+    assert difference(load_bytes(tmp_path, data, tuple(upright.shape[1:])), upright) <= JPEG_LEVELS
+    lossless = load_bytes(tmp_path, with_orientation(picture(80, 60), orientation, "PNG"))
+    assert torch.equal(lossless, pixels(ImageOps.exif_transpose(Image.open(tmp_path / "image"))))
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+@pytest.mark.parametrize("orientation", [5, 6, 7, 8])
+def test_annotations_of_the_stored_pixels_get_the_stored_pixels(tmp_path: Path, orientation: int, kind: str) -> None:
+    data = with_orientation(picture(80, 60), orientation, kind)
+    stored = pixels(Image.open(io.BytesIO(data)))
+    assert difference(load_bytes(tmp_path, data, (60, 80)), stored) <= JPEG_LEVELS
+    with pytest.raises(InputError, match=r"the image is 60x80 .*, but the annotations say 61x80"):
+        load_bytes(tmp_path, data, (80, 61))
+
+
+def test_a_size_that_contradicts_the_annotations_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"the image is 80x60 \(width x height\), but the annotations say 60x80"):
+        load_bytes(tmp_path, encode(picture(80, 60), "JPEG"), (80, 60))
+
+
+# Broken files
+
+
+@pytest.mark.parametrize("progressive", [False, True])
+@pytest.mark.parametrize("keep", [0, 1, 2, 3, 20, 0.3, 0.5, 0.9, -100, -3, -2, -1])
+def test_a_truncated_jpeg_is_refused(tmp_path: Path, keep: float, progressive: bool) -> None:
+    """Not returned with a gray rest, however little is missing; of -2, the end marker alone."""
+    data = encode(picture(200, 150), "JPEG", progressive=progressive)
+    cut = data[: int(keep * len(data)) if isinstance(keep, float) else keep]
+    with pytest.raises(InputError, match="cannot decode the image"):
+        load_bytes(tmp_path, cut)
+
+
+@pytest.mark.parametrize(("kind", "options"), [("PNG", {}), ("GIF", {}), ("WEBP", {}), ("TIFF", {}), ("BMP", {})])
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
+def test_other_truncated_files_are_refused(tmp_path: Path, kind: str, options: dict[str, Any], share: float) -> None:
+    data = encode(picture(), kind, **options)
+    with pytest.raises(InputError, match="cannot decode the image"):
+        load_bytes(tmp_path, data[: int(share * len(data))])
+
+
+@pytest.mark.parametrize("rest", [b"\0" * 64, b"junk" * 999, b"\xff\xd8\xff"])
+def test_bytes_after_the_end_of_a_jpeg_do_no_harm(tmp_path: Path, rest: bytes) -> None:
+    """Phones append depth maps and films."""
+    data = encode(picture(), "JPEG")
+    assert torch.equal(load_bytes(tmp_path, data + rest), load_bytes(tmp_path, data))
+
+
+def test_fill_bytes_before_a_marker_are_allowed(tmp_path: Path) -> None:
+    for mode in ("RGB", "CMYK"):
+        data = encode(picture().convert(mode), "JPEG")
+        padded = load_bytes(tmp_path, data[:2] + b"\xff\xff" + data[2:])
+        assert torch.equal(padded, load_bytes(tmp_path, data))
+
+
+@pytest.mark.parametrize("progressive", [False, True])
+def test_a_decompression_bomb_costs_neither_memory_nor_time(tmp_path: Path, progressive: bool) -> None:
+    """torchvision would allocate the 12 GB that the header claims."""
+    data = bytearray(encode(picture(), "JPEG", progressive=progressive))
+    frame = data.index(b"\xff\xc2" if progressive else b"\xff\xc0")
+    data[frame + 5 : frame + 9] = (65000).to_bytes(2, "big") * 2
+    peak, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic()
+    with pytest.raises(InputError, match="decompression bomb"):
+        load_bytes(tmp_path, bytes(data))
+    unit = 1 if sys.platform == "darwin" else 1024
+    assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak) * unit < 200 * 2**20
+    assert time.monotonic() - start < 5
+
+
+def test_pixels_between_pillows_warning_and_its_error_are_refused_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 4000)
+    for kind in ("PNG", "JPEG"):
+        assert load_bytes(tmp_path, encode(picture(80, 50), kind)).shape == (3, 50, 80)
+        with pytest.raises(InputError, match="DecompressionBombWarning"):
+            load_bytes(tmp_path, encode(picture(80, 51), kind))
+
+
+def test_files_that_cannot_be_read(tmp_path: Path) -> None:
+    for path in (tmp_path / "missing.jpg", tmp_path):
+        with pytest.raises(InputError, match="cannot read the image"):
+            load_image(path)
+
+
+def test_the_decoder_that_crashes_is_never_used() -> None:
+    """torchvision's decode_image and decode_png die of a segmentation fault on a broken PNG."""
+    package = Path(transforms.__file__).parent.parent
+    for path in package.rglob("*.py"):
+        text = path.read_text(encoding="utf-8")
+        assert not any(f"{name}(" in text for name in ("decode_image", "decode_png", "read_image")), path
+
+
+# Geometry
+
+
+@pytest.mark.parametrize(
+    ("size", "short_side", "long_side", "expected"),
+    [
+        ((480, 640), 800, 1333, (800, 1067)),  # torchvision rounds down to 1066
+        ((640, 480), 800, 1333, (1067, 800)),
+        ((427, 640), 800, 1333, (800, 1199)),
+        ((100, 1000), 800, 1333, (133, 1333)),
+        ((1000, 100), 800, 1333, (1333, 133)),
+        ((800, 1333), 800, 1333, (800, 1333)),
+        ((3, 4), 2, 100, (2, 3)),  # 2.67
+        ((4, 5), 2, 100, (2, 3)),  # 2.5 rounds up
+        ((1, 10_000), 800, 1333, (1, 1333)),
+        ((1, 1), 800, 1333, (800, 800)),
+    ],
+)
+def test_resized_size(size: tuple[int, int], short_side: int, long_side: int, expected: tuple[int, int]) -> None:
+    assert resized_size(size, short_side=short_side, long_side=long_side) == expected
+
+
+def sample(width: int = 80, height: int = 60, boxes: list[list[float]] | None = None) -> Sample:
+    rows = [[0, 0, width, height], [10.5, 20, 30, 22.25]] if boxes is None else boxes
+    return Sample(
+        image=pixels(picture(width, height)),
+        boxes=torch.tensor(rows, dtype=torch.float32).reshape(-1, 4),
+        labels=torch.arange(len(rows)),
+        image_id=5,
+        original_size=(height, width),
+    )
+
+
+def same(one: Sample, other: Sample) -> bool:
+    return (
+        torch.equal(one.image, other.image)
+        and torch.equal(one.boxes, other.boxes)
+        and torch.equal(one.labels, other.labels)
+        and (one.image_id, one.original_size) == (other.image_id, other.original_size)
+    )
+
+
+@pytest.mark.parametrize("size", [(30, 40), (120, 160), (33, 101), (61, 80)])
+def test_resize_agrees_with_pillow(size: tuple[int, int]) -> None:
+    """Pillow's bilinear filter is the antialiased one; without antialiasing a checkerboard would tell."""
+    before = sample()
+    noise = torch.randint(0, 256, before.image.shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    for image in (before.image, noise):
+        expected = Image.fromarray(image.permute(1, 2, 0).numpy()).resize(size[::-1], Image.Resampling.BILINEAR)
+        after = resize(Sample(**{**fields(before), "image": image}), size)
+        assert difference(after.image, pixels(expected)) <= 1
+    h, w = size
+    expected_boxes = [[0, 0, w, h], [10.5 * w / 80, 20 * h / 60, 30 * w / 80, 22.25 * h / 60]]
+    torch.testing.assert_close(after.boxes, torch.tensor(expected_boxes))
+    assert torch.equal(after.labels, before.labels)
+    assert (after.image_id, after.original_size) == (5, (60, 80))
+
+
+def fields(s: Sample) -> dict[str, Any]:
+    return {name: getattr(s, name) for name in ("image", "boxes", "labels", "image_id", "original_size")}
+
+
+def test_resize_to_the_same_size_changes_nothing() -> None:
+    assert same(resize(sample(), (60, 80)), sample())
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.integers(1, 5000), st.integers(1, 5000), st.sampled_from(range(640, 801, 32)))
+def test_boxes_stay_within_whatever_the_rounding(height: int, width: int, short_side: int) -> None:
+    """Exactly, in float32; the picture itself is left out for speed."""
+    size = resized_size((height, width), short_side=short_side, long_side=1333)
+    before = Sample(
+        image=torch.empty(0, height, width, dtype=torch.uint8),
+        boxes=torch.tensor([[0, 0, width, height]], dtype=torch.float32),
+        labels=torch.zeros(1, dtype=torch.int64),
+        image_id=0,
+        original_size=(height, width),
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(transforms, "interpolate", lambda image, size, **_: image.new_empty(1, 0, *size))
+        after = resize(before, size)
+    assert after.boxes.tolist() == [[0, 0, size[1], size[0]]]
+    for flip in (flip_horizontally, flip_vertically):
+        assert flip(after).boxes.tolist() == [[0, 0, size[1], size[0]]]
+
+
+def test_flips_move_pixels_and_boxes_together() -> None:
+    """A single white pixel stays in its box, and the box stays upright."""
+    before = sample(boxes=[[11, 7, 12, 8], [2, 3, 40, 9]])
+    before.image.zero_()[:, 7, 11] = 255
+    horizontal, vertical = flip_horizontally(before), flip_vertically(before)
+    assert horizontal.boxes.tolist() == [[68, 7, 69, 8], [40, 3, 78, 9]]
+    assert horizontal.image.nonzero().tolist() == [[c, 7, 68] for c in range(3)]
+    assert vertical.boxes.tolist() == [[11, 52, 12, 53], [2, 51, 40, 57]]
+    assert vertical.image.nonzero().tolist() == [[c, 52, 11] for c in range(3)]
+    for flipped in (horizontal, vertical):
+        assert torch.equal(flipped.labels, before.labels)
+        assert (flipped.image_id, flipped.original_size) == (5, (60, 80))
+
+
+@pytest.mark.parametrize("flip", [flip_horizontally, flip_vertically])
+def test_flips_are_involutions(flip: Any) -> None:
+    for before in (sample(), sample(boxes=[])):
+        once = flip(before)
+        assert not torch.equal(once.image, before.image)
+        assert same(flip(once), before)
+
+
+def test_the_outcome_depends_on_the_seed_alone() -> None:
+    transform = TrainTransform(short_sides=(30, 40, 50), long_side=64, horizontal_flip=0.5, vertical_flip=0.5)
+    outcomes = []
+    for seed in range(64):
+        torch.manual_seed(0)
+        random.seed(0)
+        np.random.seed(0)  # noqa: NPY002
+        one = transform(sample(), random.Random(seed))
+        torch.rand(7)
+        random.random()
+        np.random.rand(7)  # noqa: NPY002
+        assert same(transform(sample(), random.Random(seed)), one)
+        flipped = [bool(one.boxes[1, 0] > 0.3 * one.image.shape[2]), bool(one.boxes[1, 1] > 0.5 * one.image.shape[1])]
+        outcomes.append((tuple(one.image.shape[1:]), *flipped))
+    sizes = {(30, 40), (40, 53), (48, 64)}
+    assert {size for size, _, _ in outcomes} == sizes, "the last one is bounded by its longer side"
+    assert len(set(outcomes)) == 12, "three sizes, mirrored or not in two directions, all of them independent"
+
+
+@pytest.mark.parametrize("vertical", [0.0, 1.0])
+@pytest.mark.parametrize("horizontal", [0.0, 1.0])
+def test_probabilities_of_zero_and_one_are_certain(horizontal: float, vertical: float) -> None:
+    transform = TrainTransform(short_sides=(60,), long_side=80, horizontal_flip=horizontal, vertical_flip=vertical)
+    expected = sample()
+    expected = flip_horizontally(expected) if horizontal else expected
+    expected = flip_vertically(expected) if vertical else expected
+    assert all(same(transform(sample(), random.Random(seed)), expected) for seed in range(200))
+
+
+def test_the_test_transform_only_resizes() -> None:
+    transform = TestTransform(short_side=45, long_side=70)
+    assert same(transform(sample(), random.Random(1)), resize(sample(), (45, 60)))
+    wide = transform(sample(160, 40, boxes=[]), random.Random(2))
+    assert wide.image.shape == (3, 18, 70)
+    assert wide.boxes.shape == (0, 4)

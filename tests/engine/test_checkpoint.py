@@ -1,0 +1,188 @@
+"""Checkpoints: atomic writing, refusals with a reason, order and pruning."""
+
+import errno
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from fpn_det.engine import checkpoint
+from fpn_det.structures import Categories, InputError
+
+CATEGORIES = Categories((3, 7), ("cat", "dog"))
+
+
+def state(step: int = 5, **changes) -> dict:
+    model = nn.Linear(3, 2).state_dict()
+    return {"model": model, "categories": CATEGORIES.state_dict(), "config": "name: x", "step": step} | changes
+
+
+def refusal(path: Path) -> str:
+    with pytest.raises(InputError) as caught:
+        checkpoint.load_checkpoint(path)
+    message = str(caught.value)
+    assert str(path) in message
+    assert "\n" not in message
+    return message
+
+
+def test_round_trip(tmp_path):
+    given = state()
+    checkpoint.save_checkpoint(tmp_path / "final.pth", given)
+    found = checkpoint.load_checkpoint(tmp_path / "final.pth")
+    assert found["step"] == 5
+    assert found["config"] == "name: x"
+    assert torch.equal(found["model"]["weight"], given["model"]["weight"])
+    assert checkpoint.checkpoint_categories(found) == CATEGORIES
+    assert [p.name for p in tmp_path.iterdir()] == ["final.pth"]
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()])
+def test_a_failing_write_leaves_the_old_file_and_no_junk(tmp_path, monkeypatch, error):
+    path = checkpoint.step_path(tmp_path, 5)
+    checkpoint.save_checkpoint(path, state(5))
+    before = path.read_bytes()
+
+    def fail(content, file):
+        file.write(b"half of it")
+        raise error
+
+    monkeypatch.setattr(torch, "save", fail)
+    with pytest.raises(type(error)):
+        checkpoint.save_checkpoint(path, state(6))
+    with pytest.raises(type(error)):
+        checkpoint.save_checkpoint(checkpoint.step_path(tmp_path, 10), state(10))
+    assert path.read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
+
+
+def test_what_a_killed_write_leaves_is_not_picked_up(tmp_path, monkeypatch):
+    """Killed before the rename: nothing can tidy up, so the leftover must not look like a checkpoint."""
+    checkpoint.save_checkpoint(checkpoint.step_path(tmp_path, 5), state(5))
+    monkeypatch.setattr(Path, "replace", lambda self, target: None)
+    monkeypatch.setattr(Path, "unlink", lambda self, missing_ok=False: None)
+    checkpoint.save_checkpoint(checkpoint.step_path(tmp_path, 10), state(10))
+    assert len(list(tmp_path.iterdir())) == 2
+    assert checkpoint.latest_checkpoint(tmp_path) == checkpoint.step_path(tmp_path, 5)
+
+
+def test_missing_file_names_its_neighbours(tmp_path):
+    assert "no such checkpoint" in refusal(tmp_path / "nowhere" / "final.pth")
+    checkpoint.save_checkpoint(tmp_path / "best.pth", state())
+    assert "best.pth" in refusal(tmp_path / "final.pth")
+    assert "best.pth" in refusal(tmp_path)  # the folder instead of the file
+
+
+def test_damaged_files_are_refused(tmp_path):
+    path = tmp_path / "final.pth"
+    checkpoint.save_checkpoint(path, state())
+    whole = path.read_bytes()
+    generator = torch.Generator().manual_seed(0)
+    noise = [torch.randint(0, 256, (n,), generator=generator, dtype=torch.uint8).numpy().tobytes() for n in range(200)]
+    for content in [*(whole[:n] for n in (0, 1, 10, len(whole) // 2, len(whole) - 1)), *noise, b"hello", b"\x80\x02."]:
+        path.write_bytes(content)
+        assert "not a checkpoint" in refusal(path)
+
+
+class Mine:
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self):
+        return Path.touch, (self.marker,)
+
+
+@pytest.mark.parametrize("save", [torch.save, lambda value, path: path.write_bytes(pickle.dumps(value, 2))])
+def test_a_checkpoint_cannot_run_code(tmp_path, save):
+    save(state(model=Mine(tmp_path / "executed")), tmp_path / "final.pth")
+    assert "not a checkpoint" in refusal(tmp_path / "final.pth")
+    assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "lacks"),
+    [
+        ({"state_dict": {}, "epoch": 3}, "categories, config, model, step"),
+        ({"model": {}, "categories": [], "config": ""}, "step"),
+        ([1, 2], "categories"),
+        (torch.zeros(3), "categories"),
+    ],
+)
+def test_foreign_checkpoints_are_refused(tmp_path, content, lacks):
+    torch.save(content, tmp_path / "theirs.pth")
+    assert f"lacks {lacks}" in refusal(tmp_path / "theirs.pth")
+
+
+def test_weights_of_another_architecture_are_refused():
+    model = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 2))
+    weights = nn.Sequential(nn.Linear(3, 4), nn.Identity(), nn.Linear(4, 2)).state_dict()
+    before = model[0].weight.clone()
+    with pytest.raises(InputError) as caught:
+        checkpoint.load_weights(model, weights, Path("runs/a/final.pth"))
+    message = str(caught.value)
+    assert message.startswith("runs/a/final.pth: ")
+    assert "2 tensors missing, 2 unexpected, 2 of another shape" in message
+    assert "1.bias is missing" in message
+    assert "2.bias is not expected" in message
+    assert "0.weight is (4, 3), expected (2, 3)" in message
+    assert "config.yaml" in message
+    assert torch.equal(model[0].weight, before)
+
+
+def test_the_moving_average_is_what_detects():
+    assert checkpoint.best_weights(state(ema={"w": torch.ones(1)})) == {"w": torch.ones(1)}
+    plain = state()
+    assert checkpoint.best_weights(plain) is plain["model"]
+
+
+def test_other_categories_are_refused():
+    own = state()
+    checkpoint.check_categories(own, Path("final.pth"), CATEGORIES, Path("val.json"))
+    for other in (Categories((3, 8), ("cat", "dog")), Categories((3, 7), ("cat", "cow")), Categories((3,), ("cat",))):
+        with pytest.raises(InputError, match=r"final\.pth was trained on 2 classes.*val\.json has"):
+            checkpoint.check_categories(own, Path("final.pth"), other, Path("val.json"))
+
+
+def make(kind: str, model: nn.Module, **options) -> torch.optim.Optimizer:
+    optimizer = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}[kind](model.parameters(), **options)
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    return optimizer
+
+
+@pytest.mark.parametrize("kind", ["sgd", "adamw"])
+def test_optimizer_state_with_the_decay_of_the_config(kind):
+    model = nn.Linear(2, 2)
+    options = {"momentum": 0.9} if kind == "sgd" else {}
+    old = make(kind, model, lr=0.1, weight_decay=0.5, **options)
+    old.step()
+    new = make(kind, model, lr=0.2, weight_decay=0.25, **options)
+    checkpoint.load_optimizer(new, old.state_dict(), Path("step.pth"))
+    assert (new.param_groups[0]["lr"], new.param_groups[0]["weight_decay"]) == (0.2, 0.25)
+    assert all(p is q for p, q in zip(new.param_groups[0]["params"], model.parameters(), strict=True))
+    moment = "momentum_buffer" if kind == "sgd" else "exp_avg"
+    assert torch.equal(new.state[model.weight][moment], old.state[model.weight][moment])
+
+
+def test_optimizer_of_another_kind_or_other_layers_is_refused():
+    model = nn.Linear(2, 2)
+    saved = make("sgd", model, lr=0.1, momentum=0.9).state_dict()
+    for other in (make("adamw", model, lr=0.1), make("sgd", nn.Linear(2, 2, bias=False), lr=0.1, momentum=0.9)):
+        with pytest.raises(InputError, match=r"step\.pth: .*optim\.kind.*frozen_stages"):
+            checkpoint.load_optimizer(other, saved, Path("step.pth"))
+
+
+def test_latest_and_pruning(tmp_path):
+    assert checkpoint.latest_checkpoint(tmp_path) is None
+    assert checkpoint.latest_checkpoint(tmp_path / "missing") is None
+    for step in (90, 5, 100_000, 900, 10):
+        checkpoint.step_path(tmp_path, step).touch()
+    (tmp_path / "final.pth").touch()
+    (tmp_path / "best.pth").touch()
+    assert checkpoint.latest_checkpoint(tmp_path) == checkpoint.step_path(tmp_path, 100_000)
+    checkpoint.prune_checkpoints(tmp_path, keep=2)
+    assert {p.name for p in tmp_path.iterdir()} == {"step_00100000.pth", "step_00000900.pth", "final.pth", "best.pth"}
+    checkpoint.prune_checkpoints(tmp_path, keep=5)
+    assert len(list(tmp_path.glob("step_*.pth"))) == 2

@@ -1,0 +1,283 @@
+"""Two processes over gloo: the same training and the same detections as one."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fpn_det.data.loader import TestSampler
+from fpn_det.engine.distributed import Process, launched_process
+from fpn_det.engine.evaluate import evaluate
+from fpn_det.engine.runlog import RunLog
+from fpn_det.engine.train import train
+from fpn_det.structures import Batch, Categories, Detections, InputError, Targets
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
+
+
+def job(rank: int, port: int, world_size: int = 2) -> dict[str, str]:
+    """The environment that torchrun gives a process."""
+    values = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "MASTER_ADDR": "127.0.0.1"}
+    return {k: str(v) for k, v in values.items()} | {"MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+
+
+def _child(work: Callable[[], Any], rank: int, port: int, queue: Any) -> None:
+    os.environ.update(job(rank, port))
+    torch.set_num_threads(1)
+    queue.put((rank, work()))
+
+
+def in_two_ranks(work: Callable[[], Any]) -> list[Any]:
+    """What `work` returns in rank 0 and in rank 1 of a job; plain values only."""
+    context = multiprocessing.get_context("fork")  # two more imports of torch would cost seconds
+    port, queue = free_port(), context.SimpleQueue()
+    children = [context.Process(target=_child, args=(work, rank, port, queue), daemon=True) for rank in (0, 1)]
+    for child in children:
+        child.start()
+    for child in children:
+        child.join(timeout=60)
+    assert [child.exitcode for child in children] == [0, 0]
+    return [value for _, value in sorted(queue.get() for _ in children)]
+
+
+def in_two_processes(work: Callable[[Process], Any]) -> list[Any]:
+    """The same for work on a `Process`."""
+
+    def joined() -> Any:
+        with launched_process("cpu") as process:
+            return work(process)
+
+    return in_two_ranks(joined)
+
+
+def test_one_process_without_torchrun(monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    with launched_process("cpu") as process:
+        assert process == Process(rank=0, world_size=1, device=torch.device("cpu"))
+        assert process.is_main
+        assert process.gather({"a": 1}) == [{"a": 1}]
+        assert process.mean(torch.tensor([1.0, 2.0])).tolist() == [1.0, 2.0]
+        assert (process.any(True), process.any(False)) == (True, False)
+        process.wait()
+        process.share_buffers(nn.BatchNorm2d(2))
+
+
+def test_collectives():
+    def work(process: Process) -> tuple:
+        norm = nn.BatchNorm2d(2)
+        norm.running_mean.fill_(process.rank + 3)
+        norm.num_batches_tracked.fill_(process.rank + 5)
+        process.share_buffers(norm)
+        process.wait()
+        return (
+            process.rank,
+            process.world_size,
+            process.is_main,
+            process.gather([process.rank] * process.rank),
+            process.mean(torch.tensor([1.0, 4.0]) * (process.rank + 1)).tolist(),
+            (process.any(process.rank == 1), process.any(False)),
+            (norm.running_mean.tolist(), norm.num_batches_tracked.item()),
+        )
+
+    shared = ([1.5, 6.0], (True, False), ([3.0, 3.0], 5))
+    main, other = in_two_processes(work)
+    assert main == (0, 2, True, [[], [1]], *shared)
+    assert other == (1, 2, False, [], *shared)
+
+
+class Numbers:
+    """As much of a batch as the loop and `Line` need."""
+
+    def __init__(self, values: list[float]) -> None:
+        self.images = torch.tensor(values)
+
+    def to(self, device: torch.device, non_blocking: bool = False) -> Numbers:
+        return self
+
+
+class Line(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.slope = nn.Parameter(torch.tensor(0.5))
+        self.idle = nn.Parameter(torch.tensor(1.0), requires_grad=False)
+
+    def forward(self, batch: Numbers) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        return {"fit": ((self.slope * batch.images - 3) ** 2).mean()}, {}
+
+
+def fit(process: Process, *, accumulate: int = 1, noise: bool = False) -> float:
+    """Train on steps of four numbers, shared out as the sampler does; returns the slope."""
+    size = 4 // (process.world_size * accumulate)
+    parts = [
+        Numbers([float(4 * step + i) / 10 for i in range(start, start + size)])
+        for step in range(5)
+        for micro in range(accumulate)
+        for start in [(process.rank * accumulate + micro) * size]
+    ]
+    model = Line()
+    with RunLog(None, start_step=0, num_steps=5) as log:
+        train(
+            model,
+            parts,  # type: ignore[arg-type]
+            optimizer=torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.5),
+            lr_at=lambda step: 0.1,
+            start_step=0,
+            num_steps=5,
+            seed=0,
+            process=process,
+            log=log,
+            save=lambda step: None,
+            evaluate=lambda step: None,
+            accumulate=accumulate,
+            log_every=2,
+        )
+    return model.slope.item()
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_two_processes_train_like_one(accumulate):
+    alone = fit(Process())
+    slopes = in_two_processes(lambda process: fit(process, accumulate=accumulate))
+    assert slopes[0] == slopes[1] == pytest.approx(alone, rel=1e-6)
+    assert abs(alone - 0.5) > 0.1
+
+
+def test_a_loss_that_is_not_finite_in_one_process_ends_all():
+    def work(process: Process) -> str:
+        class Broken(Line):
+            def forward(self, batch: Numbers) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+                losses, stats = super().forward(batch)
+                return {"fit": losses["fit"] * (float("nan") if process.rank == 1 else 1)}, stats
+
+        try:
+            globals()["Line"] = Broken
+            fit(process)
+        except InputError as error:
+            return str(error)
+        return "went on"
+
+    assert all("training diverged" in message for message in in_two_processes(work))
+
+
+@pytest.mark.parametrize(("num_images", "world_size"), [(5, 2), (4, 3), (1, 2), (7, 4)])
+def test_every_image_goes_to_one_process(num_images, world_size):
+    sizes = torch.randint(50, 100, (num_images, 2), generator=torch.Generator().manual_seed(0))
+    shares = [
+        [index for batch in TestSampler(sizes, batch_size=2, rank=r, world_size=world_size) for index, _ in batch]
+        for r in range(world_size)
+    ]
+    assert sorted(i for share in shares for i in share) == list(range(num_images))
+
+
+class Finder:
+    """A detector that finds one box in every image, scored by the image's id."""
+
+    training = True
+
+    def train(self, mode: bool = True) -> None:
+        self.training = mode
+
+    def predict(self, batch: Batch) -> list[Detections]:
+        return [
+            Detections(
+                boxes=torch.tensor([[0.0, 0.0, 9.0, 9.0]]), scores=torch.tensor([i / 100]), labels=torch.tensor([0])
+            )
+            for i in batch.image_ids.tolist()
+        ]
+
+
+def find(process: Process, annotations: Path, batches: list[list[int]]) -> tuple | None:
+    """Evaluate a `Finder` on this process' share of the batches of image ids."""
+    sizes = {"sizes": torch.full((1, 2), 32), "original_sizes": torch.full((1, 2), 32)}
+    empty = Targets(boxes=torch.zeros(1, 0, 4), labels=torch.zeros(1, 0).long(), valid=torch.zeros(1, 0).bool())
+    return evaluate(
+        Finder(),
+        [
+            Batch(images=torch.zeros(1, 3, 32, 32), image_ids=torch.tensor([i]), targets=empty, **sizes)
+            for share in batches[process.rank :: process.world_size]
+            for i in share
+        ],
+        annotations=annotations,
+        categories=Categories((5,), ("cat",)),
+        backend="pycocotools",  # hotcoco's threads do not survive a fork
+        max_detections=100,
+        precision="fp32",
+        process=process,
+    )
+
+
+@pytest.mark.parametrize("batches", [[[4, 1], [3], [2]], [[4, 1, 3, 2]]])
+def test_shares_of_any_size_make_one_result(tmp_path, batches):
+    """The second time, one process has nothing to do."""
+    box = {"category_id": 5, "bbox": [0, 0, 9, 9], "area": 81, "iscrowd": 0}
+    truth = {
+        "images": [{"id": i} for i in (1, 2, 3, 4)],
+        "categories": [{"id": 5, "name": "cat"}],
+        "annotations": [{"id": i, "image_id": i, **box} for i in (1, 2, 3, 4)],
+    }
+    annotations = tmp_path / "truth.json"
+    annotations.write_text(json.dumps(truth))
+    main, other = in_two_processes(lambda process: find(process, annotations, batches))
+    assert other is None
+    assert main == find(Process(), annotations, batches)
+    metrics, results = main
+    assert [r["image_id"] for r in results] == [1, 2, 3, 4]
+    assert metrics["AP"] == pytest.approx(1)
+
+
+def test_torchrun(tool, tiny, tmp_path):
+    """Trains, and detects in two processes what one process with the same weights detects, every image once.
+
+    The 8 validation images are 2 batches for one process and 1 for the other. The body has batch norm, whose
+    statistics differ between the processes after a step.
+    """
+    options = [*tiny, "train.steps=2", "optim.lr=0.01", "eval.batch_size=3"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={free_port()}"]
+    done = subprocess.run(
+        [*launcher, str(ROOT / "tools/train.py"), *options, "--output-dir", str(tmp_path / "two")],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    assert "2 x cpu" in done.stdout
+    assert done.stdout.count("training 2 steps of 4 images") == 1  # one process talks
+    records = [json.loads(line) for line in (tmp_path / "two/log.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in records] == [1, 2, 2]
+
+    outcome = tool("eval", *options, "--checkpoint", tmp_path / "two/final.pth", "--output-dir", tmp_path / "one")
+    assert outcome.code == 0, outcome.err
+    for name in ("predictions.json", "metrics.json"):
+        assert (tmp_path / "two" / name).read_bytes() == (tmp_path / "one" / name).read_bytes()
+    found = json.loads((tmp_path / "one/predictions.json").read_text())
+    assert len({r["image_id"] for r in found}) == 8
+
+
+def test_a_batch_that_does_not_divide_ends_all_processes(tool, tiny, tmp_path):
+    def work() -> tuple[int, str]:
+        outcome = tool("train", *tiny, "train.batch_size=3", "--output-dir", tmp_path / "run")
+        return outcome.code, outcome.err
+
+    for (code, error), start in zip(in_two_ranks(work), ("error: ", "error (rank 1): "), strict=True):
+        assert code == 2
+        assert error.startswith(f"{start}train.batch_size 3 does not divide into 2 processes")
+        assert error.endswith("use a multiple of 2\n")
+        assert error.count("\n") == 1

@@ -1,0 +1,300 @@
+"""The training loop, on toys whose gradients are known, and once on the detector itself."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from fpn_det import build
+from fpn_det.config import load_config
+from fpn_det.engine.distributed import Process
+from fpn_det.engine.evaluate import evaluate
+from fpn_det.engine.runlog import RunLog
+from fpn_det.engine.train import Window, format_seconds, step_seed, train
+from fpn_det.structures import Batch, InputError, Targets
+
+
+class Toy(nn.Module):
+    """One weight per pixel; the loss is the mean over the images, plus noise if asked."""
+
+    def __init__(self, *, noise: float = 0.0) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.full((3, 2, 2), 0.5))
+        self.noise = noise
+
+    def forward(self, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        out = (batch.images.float() / 255 * self.weight).sum((1, 2, 3))
+        fit = ((out - batch.image_ids.float()) ** 2).mean()
+        return {"fit": fit, "noise": self.noise * torch.rand(()) * self.weight.sum()}, {"seen": batch.image_ids[0]}
+
+
+def batch_of(ids: list[int]) -> Batch:
+    images = torch.stack([torch.arange(12, dtype=torch.uint8).view(3, 2, 2) * (i % 7 + 1) for i in ids])
+    empty = Targets(
+        boxes=torch.zeros(len(ids), 0, 4),
+        labels=torch.zeros(len(ids), 0, dtype=torch.int64),
+        valid=torch.zeros(len(ids), 0, dtype=torch.bool),
+    )
+    sizes = torch.full((len(ids), 2), 2)
+    return Batch(images=images, sizes=sizes, targets=empty, image_ids=torch.tensor(ids), original_sizes=sizes)
+
+
+def stream(size: int, start: int = 0) -> Iterator[Batch]:
+    return (batch_of(list(range(i * size, (i + 1) * size))) for i in itertools.count(start))
+
+
+class Run:
+    """Trains a toy and notes what the loop called."""
+
+    def __init__(self, model: nn.Module | None = None, *, momentum: float = 0.9) -> None:
+        self.model = model or Toy()
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=1.0, momentum=momentum)
+        self.calls: list[tuple[str, int]] = []
+
+    def __call__(self, batches: Iterator[Batch], *, log_folder: Path | None = None, **options) -> int:
+        num_steps, start = options.pop("num_steps", 6), options.pop("start_step", 0)
+        options = {"lr_at": lambda step: 1e-4, "log_every": 1, "save_every": 1000, "seed": 0} | options
+        options.setdefault("save", lambda step: self.calls.append(("save", step)))
+        with RunLog(log_folder, start_step=start, num_steps=num_steps) as log:
+            return train(
+                self.model,
+                batches,
+                optimizer=self.optimizer,
+                start_step=start,
+                num_steps=num_steps,
+                process=Process(),
+                log=log,
+                evaluate=lambda step: self.calls.append(("evaluate", step)),
+                **options,
+            )
+
+
+def records(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def test_one_step_is_plain_sgd(tmp_path):
+    run = Run(momentum=0)
+    twin = Toy()
+    losses, _ = twin(batch_of([0, 1]))
+    losses["fit"].backward()
+    assert run(stream(2), num_steps=1, lr_at=lambda step: 0.25, log_folder=tmp_path) == 1
+    assert torch.equal(run.model.weight, (twin.weight - 0.25 * twin.weight.grad).detach())
+    [record] = records(tmp_path)
+    assert record["train/loss"] == pytest.approx(losses["fit"].item())
+    assert record["train/fit"] == pytest.approx(losses["fit"].item())
+    assert record["train/grad_norm"] == pytest.approx(twin.weight.grad.norm().item())
+    assert record["train/lr"] == 0.25
+
+
+def test_accumulating_equals_one_batch():
+    whole, halves = Run(), Run()
+    whole(stream(4), num_steps=5)
+    halves(stream(2), num_steps=5, accumulate=2)
+    assert torch.allclose(whole.model.weight, halves.model.weight, atol=1e-6)
+    assert not torch.allclose(whole.model.weight, Toy().weight, atol=1e-3)
+
+
+def test_learning_rate_and_clipping():
+    run = Run(momentum=0)
+    before = run.model.weight.detach().clone()
+    steps = []
+    run(stream(2), num_steps=3, lr_at=lambda step: steps.append(step) or 0.5, clip_norm=1e-3)
+    assert steps == [0, 1, 2]
+    assert (run.model.weight - before).norm().item() <= 3 * 0.5 * 1e-3 * 1.001
+    assert run.optimizer.param_groups[0]["lr"] == 0.5
+
+
+def test_resuming_equals_the_straight_run():
+    """The noise shows that the randomness of a step depends on its number alone."""
+    options = {"accumulate": 2, "num_steps": 6}
+    straight = Run(Toy(noise=1.0))
+    straight(stream(2), **options)
+    first = Run(Toy(noise=1.0))
+    first(stream(2), **options | {"num_steps": 3})
+    second = Run(Toy(noise=1.0))
+    second.model.load_state_dict(first.model.state_dict())
+    second.optimizer.load_state_dict(first.optimizer.state_dict())
+    torch.rand(7)  # whatever happened meanwhile
+    second(stream(2, start=6), **options, start_step=3)
+    assert torch.equal(straight.model.weight, second.model.weight)
+    other_seed = Run(Toy(noise=1.0))
+    other_seed(stream(2), **options, seed=1)
+    assert not torch.equal(straight.model.weight, other_seed.model.weight)
+
+
+def test_step_seeds_differ():
+    seeds = {step_seed(seed, step, rank) for seed in range(5) for step in range(50) for rank in range(4)}
+    assert len(seeds) == 1000
+    assert all(0 <= s < 2**63 for s in seeds)
+
+
+def test_moving_average():
+    run = Run()
+    average = AveragedModel(run.model, multi_avg_fn=get_ema_multi_avg_fn(0.75), use_buffers=True)
+    expected, weights = None, []
+    run(stream(2), num_steps=3, ema=average, save_every=1, save=lambda s: weights.append(run.model.weight.clone()))
+    for weight in weights:
+        expected = weight if expected is None else 0.75 * expected + 0.25 * weight
+    assert torch.allclose(average.module.weight, expected, atol=1e-7)
+    assert not torch.equal(average.module.weight, run.model.weight)
+
+
+def test_saving_and_evaluating(tmp_path):
+    run = Run()
+    assert run(stream(2), num_steps=7, save_every=3, evaluate_every=3, log_every=5, log_folder=tmp_path) == 7
+    # Saving comes first; the end saves but leaves the evaluation to the caller.
+    assert run.calls == [("save", 3), ("evaluate", 3), ("save", 6), ("evaluate", 6), ("save", 7)]
+    assert [r["step"] for r in records(tmp_path)] == [3, 5, 6, 7]
+    run = Run()
+    run(stream(2), num_steps=4, save_every=2, evaluate_every=4)
+    assert run.calls == [("save", 2), ("save", 4)]
+
+
+def test_the_model_trains_after_an_evaluation():
+    run = Run()
+    modes = []
+    run.model.register_forward_pre_hook(lambda module, inputs: modes.append(module.training))
+    run.model.eval()
+    run(stream(2), num_steps=2)
+    assert modes == [True, True]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_stops_after_the_step(number):
+    run = Run()
+    before = signal.getsignal(number)
+
+    def batches() -> Iterator[Batch]:
+        for i, batch in enumerate(stream(2)):
+            if i == 2:
+                os.kill(os.getpid(), number)
+            yield batch
+
+    assert run(batches(), num_steps=6, log_every=100) == 3
+    assert run.calls == [("save", 3)]
+    assert signal.getsignal(number) is before
+
+
+def test_a_second_signal_acts_as_usual():
+    def batches() -> Iterator[Batch]:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+        yield from stream(2)
+
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        Run()(batches())
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_loss_that_is_not_finite_ends_the_run(value):
+    class Diverging(Toy):
+        def forward(self, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+            losses, stats = super().forward(batch)
+            return losses | {"fit": losses["fit"] * (value if batch.image_ids[0] >= 6 else 1)}, stats
+
+    run = Run(Diverging())
+    with pytest.raises(InputError, match=r"the loss is (nan|inf).* at step 5: training diverged. Lower optim.lr"):
+        run(stream(2), save_every=3, log_every=5)
+    assert run.calls == [("save", 3)]
+    run = Run(Diverging())
+    with pytest.raises(InputError, match="at step 4"):  # found before saving, though no record is due
+        run(stream(2), save_every=2, log_every=100)
+    assert run.calls == [("save", 2)]
+
+
+def test_a_gradient_that_is_not_finite_ends_the_run():
+    class Steep(Toy):
+        def forward(self, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+            return {"fit": (self.weight - 0.5).sqrt().sum()}, {}  # 0, with an infinite slope
+
+    run = Run(Steep())
+    with pytest.raises(InputError, match=r"the loss is 0\.0, the gradient's norm (nan|inf) at step 1"):
+        run(stream(2))
+    assert run.calls == []
+
+
+def test_window_means():
+    window = Window()
+    for value in (1.0, 2.0, 6.0):
+        window.add({"loss": torch.tensor(value)}, num_images=4)
+        window.waited(0.0)
+    window.add({"grad_norm": torch.tensor(5.0)})
+    scalars = window.close(Process())
+    assert (scalars["train/loss"], scalars["train/grad_norm"]) == (3.0, 5.0)
+    assert scalars["speed/images_per_s"] * scalars["speed/s_per_step"] == pytest.approx(12)
+    window.add({"loss": torch.tensor(7.0)})
+    window.add({"grad_norm": torch.tensor(1.0)})
+    assert window.close(Process())["train/loss"] == 7.0  # nothing left over
+
+
+def test_format_seconds():
+    assert [format_seconds(s) for s in (0.4, 59.6, 3599, 360_000)] == ["0:00:00", "0:01:00", "0:59:59", "100:00:00"]
+
+
+def test_four_images_are_learned_by_heart(shapes, tiny, tmp_path):
+    """Everything between an image file and AP must be right for this."""
+    content = json.loads((shapes / "annotations/train.json").read_text())
+    crowds = {a["image_id"] for a in content["annotations"] if a["iscrowd"]}
+    filled = {a["image_id"] for a in content["annotations"]} - crowds
+    content["images"] = [i for i in content["images"] if i["id"] in filled][:4]
+    kept = {i["id"] for i in content["images"]}
+    content["annotations"] = [a for a in content["annotations"] if a["image_id"] in kept]
+    annotations = tmp_path / "four.json"
+    annotations.write_text(json.dumps(content))
+    overrides = [
+        f"data.{s}.{key}"
+        for s in ("train", "val")
+        for key in (f"annotations={annotations}", f"images={shapes / 'train'}")
+    ]
+    overrides += ["data.horizontal_flip=0", "train.steps=110", "optim.lr=3e-3", "optim.scale_lr=false"]
+    overrides += ["optim.warmup_steps=5", "model.neck.channels=64", "model.roi_head.fc_dim=128"]
+    overrides += ["model.rpn.pre_nms_top_k_train=100", "model.rpn.pre_nms_top_k_test=100"]
+    overrides += ["model.roi_head.num_samples=64", "data.group_by_aspect=false", "eval.batch_size=4"]
+    config = load_config(Path(tiny[1]), [*tiny[2:], *overrides])
+
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    data = build.load_train_data(config)
+    model = build.build_model(config, len(data.categories), pretrained=False)
+    with RunLog(None, start_step=0, num_steps=110) as log:
+        train(
+            model,
+            build.build_train_loader(config, data),
+            optimizer=build.build_optimizer(config, model),
+            lr_at=build.build_schedule(config, 110),
+            start_step=0,
+            num_steps=110,
+            seed=0,
+            process=Process(),
+            log=log,
+            save=lambda step: None,
+            evaluate=lambda step: None,
+            clip_norm=10,
+            log_every=50,
+        )
+    evaluated = evaluate(
+        model,
+        build.build_val_loader(config, build.load_val_data(config)),
+        annotations=annotations,
+        categories=data.categories,
+        backend="pycocotools",
+        max_detections=100,
+        precision="fp32",
+        process=Process(),
+    )
+    assert evaluated is not None
+    assert evaluated[0]["AP"] > 0.9
+    assert model.training

@@ -1,0 +1,171 @@
+import dataclasses
+
+import pytest
+import torch
+
+from fpn_det.models.backbone import ResNet
+from fpn_det.structures import Batch, Detections
+
+SIZES = [(60, 90), (49, 70)]
+BOXES = [[[5, 5, 40, 45], [50, 10, 85, 30]], [[10, 8, 60, 40]]]
+LABELS = [[0, 2], [1]]
+LOSSES = {"rpn_objectness", "rpn_box", "roi_class", "roi_box"}
+
+
+@pytest.fixture
+def batch(make_batch) -> Batch:
+    return make_batch(SIZES, BOXES, LABELS)
+
+
+def total(losses: dict[str, torch.Tensor]) -> torch.Tensor:
+    return torch.stack(list(losses.values())).sum()
+
+
+def test_normalize_by_hand(make_model) -> None:
+    """RGB constants per channel; (h, w) = (2, 3) of 4 x 4 is image, the rest becomes 0."""
+    images = torch.full((1, 3, 4, 4), 200, dtype=torch.uint8)
+    images[:, :, :2, :3] = torch.tensor([10, 20, 30], dtype=torch.uint8).view(3, 1, 1)
+    normalized = make_model().normalize(images, torch.tensor([[2, 3]]))
+    assert normalized.dtype == torch.float32
+    for channel, (value, mean, std) in enumerate([(10, 123.675, 58.395), (20, 116.28, 57.12), (30, 103.53, 57.375)]):
+        expected = torch.zeros(4, 4)
+        expected[:2, :3] = (value - mean) / std
+        torch.testing.assert_close(normalized[0, channel], expected)
+
+
+def test_colour_of_the_padding_does_not_matter(make_model, batch: Batch) -> None:
+    model = make_model()
+    white = batch.images.clone()
+    for image, (h, w) in zip(white, SIZES, strict=True):
+        image[:, h:] = 255
+        image[:, :, w:] = 255
+    assert not torch.equal(white, batch.images)
+    for ours, other in zip(
+        model.features(batch), model.features(dataclasses.replace(batch, images=white)), strict=True
+    ):
+        assert torch.equal(ours, other)
+
+
+def test_losses_and_stats(make_model, batch: Batch) -> None:
+    losses, stats = make_model()(batch)
+    assert losses.keys() == LOSSES
+    assert stats.keys() == {"rpn_positives", "roi_positives"}
+    for value in [*losses.values(), *stats.values()]:
+        assert value.shape == ()
+        assert value.dtype == torch.float32
+        assert value.isfinite()
+    assert all(loss > 0 for loss in losses.values())
+    assert stats["rpn_positives"] >= 1
+    assert stats["roi_positives"] >= 1.5  # at least the three ground-truth boxes of two images
+    assert not any(value.requires_grad for value in stats.values())
+
+
+def test_untrained_losses_are_those_of_ignorance(make_model, make_batch) -> None:
+    """Small initial weights: log 2 per anchor and log (K + 1) per RoI."""
+    batch = make_batch([(200, 300)], [[[20, 20, 120, 140]]], [[1]])
+    losses, _ = make_model(num_classes=3)(batch)
+    assert losses["rpn_objectness"].item() == pytest.approx(0.693, rel=0.05)
+    assert losses["roi_class"].item() == pytest.approx(1.386, rel=0.05)
+
+
+@pytest.mark.parametrize("agnostic", [False, True])
+@pytest.mark.parametrize(("boxes", "labels"), [([[], []], [[], []]), ([BOXES[0], []], [LABELS[0], []])])
+def test_images_without_objects_train(make_model, make_batch, boxes, labels, agnostic: bool) -> None:
+    """Every parameter gets a finite gradient (DistributedDataParallel waits for all of them)."""
+    model = make_model(roi={"class_agnostic": agnostic})
+    losses, _ = model(make_batch(SIZES, boxes, labels))
+    total(losses).backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.isfinite().all(), name
+    if not any(labels):
+        assert losses["rpn_box"] == losses["roi_box"] == 0
+
+
+def test_loss_falls_on_one_batch(make_model, batch: Batch) -> None:
+    model = make_model().train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
+    history = []
+    for _ in range(15):
+        losses, _ = model(batch)
+        loss = total(losses)
+        assert loss.isfinite()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        history.append(loss.item())
+    assert sum(history[-3:]) < 0.6 * sum(history[:3])
+
+
+def test_same_seed_same_losses(make_model, batch: Batch) -> None:
+    model = make_model()
+    runs = []
+    for _ in range(2):
+        torch.manual_seed(3)
+        runs.append(model(batch)[0])
+    assert all(torch.equal(runs[0][name], runs[1][name]) for name in LOSSES)
+
+
+def test_bfloat16_autocast_keeps_boxes_and_losses_in_float32(make_model, batch: Batch) -> None:
+    model = make_model()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        features = model.features(batch)
+        assert features[0].dtype == torch.bfloat16
+        logits, deltas, anchors = model.rpn(features)
+        assert all(x.dtype == torch.float32 for x in [*logits, *deltas, *anchors])
+        proposals = model.rpn.propose(logits, deltas, anchors, batch.sizes)
+        assert proposals.boxes.dtype == proposals.scores.dtype == torch.float32
+        losses, _ = model(batch)
+        detections = model.eval().predict(batch)
+    assert all(loss.dtype == torch.float32 for loss in losses.values())
+    assert all(d.boxes.dtype == d.scores.dtype == torch.float32 for d in detections)
+    total(losses).backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+    torch.manual_seed(5)
+    exact, _ = model(batch)
+    for name in LOSSES:
+        assert losses[name].item() == pytest.approx(exact[name].item(), rel=0.2)
+
+
+def test_predict(make_model, batch: Batch) -> None:
+    model = make_model(roi={"score_thresh": 0.0, "detections_per_image": 40}).eval()
+    detections = model.predict(batch)
+    assert len(detections) == 2
+    for found, (h, w) in zip(detections, SIZES, strict=True):
+        assert isinstance(found, Detections)
+        assert found.boxes.shape == (40, 4)
+        assert found.labels.dtype == torch.int64
+        assert found.labels.min() >= 0
+        assert found.labels.max() < 3
+        assert (found.scores.diff() <= 0).all()
+        assert (found.boxes[:, :2] >= 0).all()
+        assert (found.boxes[:, 2] <= w).all()
+        assert (found.boxes[:, 3] <= h).all()
+        assert found.boxes[:, 2].max() > h  # x follows the width, not the height
+        assert not found.scores.requires_grad
+
+
+def test_predict_uses_the_limits_for_testing(make_model, batch: Batch) -> None:
+    options = {"post_nms_top_k_train": 50, "post_nms_top_k_test": 3}
+    model = make_model(rpn=options, roi={"score_thresh": 0.0}).eval()
+    assert max(map(len, model.predict(batch))) <= 3 * 3
+
+
+def test_nothing_found(make_model, batch: Batch) -> None:
+    assert [len(d) for d in make_model(roi={"score_thresh": 0.9}).eval().predict(batch)] == [0, 0]
+
+
+def test_state_dict_holds_what_is_learnt(make_model) -> None:
+    model = make_model()
+    assert set(model.state_dict()) == {name for name, _ in model.named_parameters()}
+
+
+def test_resnet_end_to_end(make_model, batch: Batch) -> None:
+    """A real body: frozen layers stay untouched, all others get gradients."""
+    body = ResNet(name="resnet18", norm="bn", frozen_stages=2)
+    model = make_model(body=body).train()
+    losses, _ = model(batch)
+    total(losses).backward()
+    for name, parameter in model.named_parameters():
+        frozen = name.startswith(("backbone.stem", "backbone.layer1"))
+        assert (parameter.grad is None) == frozen, name

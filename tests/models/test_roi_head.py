@@ -1,0 +1,248 @@
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fpn_det import boxes as box_ops
+from fpn_det.models.roi_head import RoIHead, RoISamples, TwoFCHead
+from fpn_det.models.roi_pool import MultiLevelRoIAlign
+from fpn_det.structures import Proposals, Targets
+
+K = 3
+WEIGHTS = (10.0, 10.0, 5.0, 5.0)
+SIZES = torch.tensor([[100, 150], [90, 60]])
+
+
+def make_head(**options) -> RoIHead:
+    return RoIHead(
+        pooler=MultiLevelRoIAlign(strides=(4, 8), output_size=2),
+        box_head=TwoFCHead(in_channels=4, pool_size=2, fc_dim=8),
+        fc_dim=8,
+        num_classes=K,
+        **options,
+    )
+
+
+class FixedHead(RoIHead):
+    """A head whose logits and deltas are given."""
+
+    def __init__(self, logits: Tensor, deltas: Tensor, **options) -> None:
+        super().__init__(
+            pooler=MultiLevelRoIAlign(strides=(4,)), box_head=nn.Identity(), fc_dim=1, num_classes=K, **options
+        )
+        self.given = logits, deltas
+
+    def forward(self, features: list[Tensor], boxes: Tensor) -> tuple[Tensor, Tensor]:
+        return self.given
+
+
+def propose(boxes: Tensor, valid: Tensor | None = None) -> Proposals:
+    valid = torch.ones(boxes.shape[:2], dtype=torch.bool) if valid is None else valid
+    return Proposals(boxes=boxes, scores=torch.zeros(boxes.shape[:2]), valid=valid)
+
+
+def logits_of(probabilities: list) -> Tensor:
+    """(N, P, K) class scores -> logits with the rest for the background."""
+    scores = torch.tensor(probabilities, dtype=torch.float32)
+    return torch.cat([scores, 1 - scores.sum(dim=-1, keepdim=True)], dim=-1).log()
+
+
+def test_shapes_and_init() -> None:
+    features, boxes = [torch.randn(2, 4, 20, 20), torch.randn(2, 4, 10, 10)], torch.rand(2, 5, 4) * 20
+    boxes[..., 2:] += 30
+    for agnostic, count in [(False, K), (True, 1)]:
+        head = make_head(class_agnostic=agnostic)
+        logits, deltas = head(features, boxes)
+        assert (logits.shape, deltas.shape) == ((2, 5, K + 1), (2, 5, count, 4))
+        assert head.class_logits.weight.std().item() == pytest.approx(0.01, rel=0.5)
+        assert head.box_deltas.weight.std().item() == pytest.approx(0.001, rel=0.5)
+        assert not head.class_logits.bias.any()
+        assert not head.box_deltas.bias.any()
+
+
+def test_box_head_is_two_relu_layers() -> None:
+    head = TwoFCHead(in_channels=4, pool_size=2, fc_dim=8)
+    pooled = torch.randn(3, 4, 2, 2)
+    hidden = (pooled.flatten(1) @ head[1].weight.T + head[1].bias).relu()
+    torch.testing.assert_close(head(pooled), (hidden @ head[3].weight.T + head[3].bias).relu())
+
+
+def test_sample_labels_and_matches(make_targets) -> None:
+    head = make_head(num_samples=8, positive_fraction=1.0)
+    gt = [[10.0, 10, 50, 50], [60.0, 20, 90, 80]]
+    boxes = torch.tensor(
+        [[[12.0, 10, 50, 52], [10, 30, 50, 70], [60, 20, 90, 50], [100, 0, 120, 20], [10, 10, 50, 49]]] * 2
+    )  # IoU 0.90 with gt 0; 1/3; exactly 0.5 with gt 1; 0; 0.975 but padding
+    valid = torch.tensor([[True, True, True, True, False]] * 2)
+    targets = make_targets([gt, []], [[2, 1], []])
+    samples = head.sample(propose(boxes, valid), targets)
+    assert samples.boxes.shape == (2, 7, 4)  # 5 proposals and 2 ground truths are fewer than 8
+
+    found = {tuple(box): (label, tuple(match)) for box, label, match in zip(
+        samples.boxes[0, samples.valid[0]].tolist(),
+        samples.labels[0, samples.valid[0]].tolist(),
+        samples.gt_boxes[0, samples.valid[0]].tolist(),
+        strict=True,
+    )}  # fmt: skip
+    nothing = (0.0, 0.0, 0.0, 0.0)
+    assert found == {
+        (12, 10, 50, 52): (2, tuple(gt[0])),
+        (10, 30, 50, 70): (K, nothing),
+        (60, 20, 90, 50): (1, tuple(gt[1])),
+        (100, 0, 120, 20): (K, nothing),
+        tuple(gt[0]): (2, tuple(gt[0])),  # the ground truth itself
+        tuple(gt[1]): (1, tuple(gt[1])),
+    }
+    # An image without objects: its four proposals, all background; the rest is padding.
+    assert samples.valid[1].sum() == 4
+    assert (samples.labels[1] == K).all()
+    assert not samples.gt_boxes[1].any()
+    assert not samples.boxes[1, ~samples.valid[1]].any()
+
+
+def test_sample_fraction() -> None:
+    head = make_head(num_samples=16, positive_fraction=0.25)
+    box = torch.tensor([10.0, 10, 50, 50])
+    boxes = torch.cat([box.expand(20, 4), torch.tensor([60.0, 60, 70, 70]).expand(20, 4)])[None]
+    targets = Targets(boxes=box.view(1, 1, 4), labels=torch.tensor([[1]]), valid=torch.tensor([[True]]))
+    samples = head.sample(propose(boxes), targets)
+    assert samples.valid.all()
+    assert (samples.labels == 1).sum() == 4
+    assert (samples.labels == K).sum() == 12
+
+
+def test_sample_without_any_ground_truth_or_proposal(make_targets) -> None:
+    head = make_head(num_samples=4)
+    samples = head.sample(propose(torch.rand(2, 6, 4)), make_targets([[], []], [[], []]))
+    assert samples.valid.all()
+    assert (samples.labels == K).all()
+    nothing = head.sample(propose(torch.zeros(2, 0, 4)), make_targets([[], []], [[], []]))
+    assert nothing.boxes.shape == (2, 0, 4)
+    logits, deltas = head([torch.randn(2, 4, 20, 20), torch.randn(2, 4, 10, 10)], nothing.boxes)
+    losses = head.loss(logits, deltas, nothing)
+    assert all(loss == 0 for loss in losses.values())
+
+
+def one_positive() -> RoISamples:
+    """A positive of class 1, two backgrounds, one not valid (with a label that must not count)."""
+    return RoISamples(
+        boxes=torch.tensor([[[0.0, 0, 10, 20]] * 4]),
+        labels=torch.tensor([[1, K, K, 0]]),
+        gt_boxes=torch.tensor([[[1.0, 4, 21, 24], [0, 0, 0, 0], [0, 0, 0, 0], [0, 0, 5, 5]]]),
+        valid=torch.tensor([[True, True, True, False]]),
+    )
+
+
+@pytest.mark.parametrize("agnostic", [False, True])
+@pytest.mark.parametrize("beta", [0.0, 2.0])
+def test_loss_by_hand(agnostic: bool, beta: float) -> None:
+    head = make_head(smooth_l1_beta=beta, class_agnostic=agnostic)
+    logits = torch.tensor([[[0.0, 1, 2, 3], [1, 0, 0, 2], [0, 0, 0, 0], [9, 0, 0, 0]]], requires_grad=True)
+    deltas = torch.full((1, 4, 1 if agnostic else K, 4), 7.0)
+    deltas[0, 0, 0 if agnostic else 1] = torch.tensor([5.0, 2.0, 3.0, 0.5])
+    deltas.requires_grad_()
+    losses = head.loss(logits, deltas, one_positive())
+
+    def cross_entropy(values: list[float], label: int) -> float:
+        return math.log(sum(map(math.exp, values))) - values[label]
+
+    expected = (
+        cross_entropy([0, 1, 2, 3], 1) + cross_entropy([1, 0, 0, 2], 3) + cross_entropy([0, 0, 0, 0], 3)
+    ) / 3  # three sampled RoIs
+    assert losses["roi_class"].item() == pytest.approx(expected, rel=1e-5)
+    # Centre (5, 10) -> (11, 14), size (10, 20) -> (20, 20): targets 10 * 0.6, 10 * 0.2, 5 * log 2, 0.
+    target = [6.0, 2.0, 5 * math.log(2), 0.0]
+    errors = [abs(p - t) for p, t in zip([5.0, 2.0, 3.0, 0.5], target, strict=True)]
+    expected = sum(e - 0.5 * beta if e >= beta else 0.5 * e**2 / beta for e in errors) / 3
+    assert losses["roi_box"].item() == pytest.approx(expected, rel=1e-5)
+
+    torch.stack(list(losses.values())).sum().backward()
+    assert logits.grad is not None
+    assert deltas.grad is not None
+    assert logits.grad.isfinite().all()
+    assert not logits.grad[0, 3].any()  # not valid
+    assert deltas.grad.isfinite().all()
+    assert not deltas.grad[0, 1:].any()  # background and not valid: no box loss
+    assert deltas.grad[0, 0].any(dim=-1).tolist() == ([True] if agnostic else [False, True, False])
+
+
+def test_loss_of_nothing_is_zero() -> None:
+    samples = one_positive()
+    empty = RoISamples(
+        boxes=torch.zeros(1, 4, 4),
+        labels=samples.labels,
+        gt_boxes=torch.zeros(1, 4, 4),
+        valid=torch.zeros_like(samples.valid),
+    )
+    losses = make_head().loss(torch.randn(1, 4, K + 1), torch.randn(1, 4, K, 4), empty)
+    assert losses["roi_class"] == losses["roi_box"] == 0
+
+
+def test_predict_decodes_the_deltas_of_the_class_and_clips() -> None:
+    proposal = torch.tensor([20.0, 20, 60, 40])
+    refined = torch.tensor([[22.0, 24, 50, 44], [-5, 10, 60, 130], [100, -3, 170, 20]])  # one box per class
+    deltas = box_ops.encode(refined, proposal.expand(3, 4), WEIGHTS)[None, None]
+    head = FixedHead(logits_of([[[0.3, 0.2, 0.4]]]), deltas)
+    (found,) = head.predict([], propose(proposal.view(1, 1, 4)), SIZES[:1])
+    assert found.labels.tolist() == [2, 0, 1]
+    assert found.scores.tolist() == pytest.approx([0.4, 0.3, 0.2])
+    expected = torch.tensor([[100.0, 0, 150, 20], [22, 24, 50, 44], [0, 10, 60, 100]])
+    torch.testing.assert_close(found.boxes, expected, rtol=0, atol=1e-3)
+
+
+def test_predict_class_agnostic() -> None:
+    """One set of deltas serves every class."""
+    proposals = torch.tensor([[[20.0, 20, 60, 40]]])
+    head = FixedHead(logits_of([[[0.3, 0.1, 0.4]]]), torch.tensor([[[[1.0, 0, 0, 0]]]]), class_agnostic=True)
+    (found,) = head.predict([], propose(proposals), SIZES[:1])
+    assert found.labels.tolist() == [2, 0, 1]
+    assert found.boxes.tolist() == [[24, 20, 64, 40]] * 3  # a tenth of the width to the right
+
+
+def test_predict_thresholds_and_nms() -> None:
+    """Per class: a duplicate goes, the same box of another class stays, 0.05 itself is too low."""
+    boxes = torch.tensor([[[10.0, 10, 30, 30], [11, 10, 31, 30], [50, 50, 70, 70], [10, 10, 30, 30]]])
+    scores = [[[0.6, 0.3, 0.05], [0.5, 0.02, 0.01], [0.04, 0.04, 0.9], [0.9, 0.01, 0.01]]]
+    valid = torch.tensor([[True, True, True, False]])
+    head = FixedHead(logits_of(scores), torch.zeros(1, 4, K, 4), score_thresh=0.0501)
+    (found,) = head.predict([], propose(boxes, valid), SIZES[:1])
+    assert found.labels.tolist() == [2, 0, 1]
+    assert found.scores.tolist() == pytest.approx([0.9, 0.6, 0.3])
+    assert found.boxes.tolist() == [[50, 50, 70, 70], [10, 10, 30, 30], [10, 10, 30, 30]]
+
+
+def test_predict_keeps_the_best_of_all_classes() -> None:
+    torch.manual_seed(0)
+    corner = torch.rand(1, 50, 2) * 40
+    boxes = torch.cat([corner, corner + 5], dim=-1)
+    logits = torch.randn(1, 50, K + 1)
+    head = FixedHead(logits, torch.zeros(1, 50, K, 4), detections_per_image=7, nms_thresh=1.0)
+    (found,) = head.predict([], propose(boxes), SIZES[:1])
+    best = logits.softmax(-1)[0, :, :K].flatten().sort(descending=True).values[:7]
+    torch.testing.assert_close(found.scores, best)
+
+
+def test_predict_drops_small_boxes() -> None:
+    """Proposals beyond the image shrink to nothing when clipped; thin ones go by min_size."""
+    boxes = torch.tensor([[[200.0, 10, 220, 30], [10, 10, 11.5, 40], [10, 10, 30, 40]]])
+    logits = logits_of([[[0.9, 0.01, 0.01]] * 3])
+    for min_size, count in [(0.0, 2), (2.0, 1)]:
+        head = FixedHead(logits, torch.zeros(1, 3, K, 4), min_size=min_size)
+        assert len(head.predict([], propose(boxes), SIZES[:1])[0]) == count
+
+
+def test_predict_images_are_independent_and_may_be_empty() -> None:
+    boxes = torch.tensor([[[10.0, 10, 30, 30]], [[70, 80, 80, 110]]])
+    head = FixedHead(logits_of([[[0.01, 0.01, 0.01]], [[0.01, 0.9, 0.01]]]), torch.zeros(2, 1, K, 4))
+    empty, found = head.predict([], propose(boxes), torch.tensor([[100, 150], [95, 75]]))
+    assert (len(empty), empty.boxes.shape, empty.labels.dtype) == (0, (0, 4), torch.int64)
+    assert found.boxes.tolist() == [[70, 80, 75, 95]]  # clipped to its own size (h, w)
+    assert found.labels.tolist() == [1]
+
+
+def test_predict_without_proposals() -> None:
+    features = [torch.randn(2, 4, 20, 20), torch.randn(2, 4, 10, 10)]
+    none = make_head().eval().predict(features, propose(torch.zeros(2, 0, 4)), SIZES)
+    padding = propose(torch.zeros(2, 3, 4), torch.zeros(2, 3, dtype=torch.bool))
+    assert [len(d) for d in none] == [len(d) for d in make_head().eval().predict(features, padding, SIZES)] == [0, 0]

@@ -1,0 +1,109 @@
+import pytest
+import torch
+from torch import Tensor
+from torchvision.ops import roi_align
+
+from fpn_det.models.roi_pool import MultiLevelRoIAlign
+
+STRIDES = (4, 8, 16, 32)
+
+
+def box(w: float, h: float) -> list[float]:
+    return [3.0, 5.0, 3.0 + w, 5.0 + h]
+
+
+def features(channels: int = 3, n: int = 2) -> list[Tensor]:
+    """Of images of 256 x 320, and a P6 that must not be used."""
+    levels = [torch.randn(n, channels, 256 // s, 320 // s) for s in STRIDES]
+    return [*levels, torch.full((n, channels, 4, 5), torch.nan)]
+
+
+@pytest.mark.parametrize(
+    ("w", "h", "level"),
+    [
+        (224, 224, 4),
+        (223.9, 223.9, 3),
+        (112, 112, 3),
+        (111.9, 111.9, 2),
+        (448, 448, 5),
+        (447.9, 447.9, 4),
+        (448, 112, 4),  # the area counts, not a side
+        (112, 448, 4),
+        (28, 1792, 4),
+        (50, 60, 2),
+        (1, 1, 2),
+        (0, 10, 2),  # empty, as the padding of proposals
+        (0, 0, 2),
+        (5000, 5000, 5),
+    ],
+)
+def test_level_rule(w: float, h: float, level: int) -> None:
+    pooler = MultiLevelRoIAlign(strides=STRIDES)
+    assert pooler.assign_levels(torch.tensor([[box(w, h)]])).item() == level - 2
+
+
+def test_canonical_level_and_size() -> None:
+    boxes = torch.tensor([box(56, 56), box(112, 112), box(224, 224)])
+    assert MultiLevelRoIAlign(strides=STRIDES, canonical_level=5).assign_levels(boxes).tolist() == [1, 2, 3]
+    assert MultiLevelRoIAlign(strides=STRIDES, canonical_size=56).assign_levels(boxes).tolist() == [2, 3, 3]
+    assert MultiLevelRoIAlign(strides=(8, 16, 32)).assign_levels(boxes).tolist() == [0, 0, 1]
+
+
+@pytest.mark.parametrize("aligned", [True, False])
+@pytest.mark.parametrize("sampling_ratio", [0, 2])
+def test_equals_one_call_per_box(aligned: bool, sampling_ratio: int) -> None:
+    torch.manual_seed(1)
+    pooler = MultiLevelRoIAlign(
+        strides=STRIDES, output_size=5, sampling_ratio=sampling_ratio, aligned=aligned, canonical_size=56
+    )
+    corner = torch.rand(2, 30, 2) * 150
+    boxes = torch.cat([corner, corner + 1 + torch.rand(2, 30, 2) * 200], dim=-1)
+    levels = pooler.assign_levels(boxes)
+    assert levels.unique().tolist() == [0, 1, 2, 3]
+    maps = features()
+    pooled = pooler(maps, boxes).view(2, 30, 3, 5, 5)
+    for i in range(2):
+        for j in range(30):
+            level = int(levels[i, j])
+            expected = roi_align(
+                maps[level][i : i + 1],
+                [boxes[i, j : j + 1]],
+                output_size=5,
+                spatial_scale=1 / STRIDES[level],
+                sampling_ratio=sampling_ratio,
+                aligned=aligned,
+            )
+            torch.testing.assert_close(pooled[i, j], expected[0])
+
+
+@pytest.mark.parametrize(("aligned", "offset"), [(True, 0.5), (False, 0.0)])
+def test_coordinates_on_a_ramp(aligned: bool, offset: float) -> None:
+    """Features that equal the position in cells come back as the centres of the bins, half a cell apart if aligned."""
+    ramp = torch.arange(80.0).expand(1, 1, 64, 80).clone()
+    pooler = MultiLevelRoIAlign(strides=STRIDES, output_size=4, aligned=aligned)
+    maps = [ramp, *features(channels=1, n=1)[1:]]
+    (pooled,) = pooler(maps, torch.tensor([[[40.0, 40, 104, 104]]]))  # cells 10..26 of P2, bins of 4 cells
+    assert pooled[0, 0].tolist() == pytest.approx([12 - offset, 16 - offset, 20 - offset, 24 - offset])
+
+
+def test_no_boxes_and_one_level_only() -> None:
+    pooler = MultiLevelRoIAlign(strides=STRIDES)
+    assert pooler(features(), torch.zeros(2, 0, 4)).shape == (0, 3, 7, 7)
+    assert pooler(features(), torch.tensor([[box(20, 20)], [box(30, 10)]])).shape == (2, 3, 7, 7)
+
+
+def test_gradient_reaches_the_level_of_the_box_only() -> None:
+    maps = [f.requires_grad_() for f in features()[:4]]
+    boxes = torch.tensor([[box(120, 120), box(120, 120)], [box(130, 120), box(120, 110)]])
+    pooled = MultiLevelRoIAlign(strides=STRIDES)(maps, boxes)
+    pooled.sum().backward()
+    grads = [f.grad for f in maps]
+    assert grads[1] is not None
+    # The mean of each bin: every RoI hands down 49 per channel, unless it samples beyond the border.
+    assert grads[1].sum().item() == pytest.approx(pooled.numel(), rel=1e-4)
+    assert all(g is None or not g.any() for i, g in enumerate(grads) if i != 1)
+
+
+def test_strides_must_be_powers_of_two() -> None:
+    with pytest.raises(ValueError, match=r"consecutive powers of two, not \(4, 16\)"):
+        MultiLevelRoIAlign(strides=(4, 16))

@@ -1,0 +1,80 @@
+import dataclasses
+
+import pytest
+import torch
+
+from fpn_det.structures import Batch, Categories, Detections, InputError, Proposals, Targets
+
+
+@pytest.fixture
+def batch() -> Batch:
+    targets = Targets(
+        boxes=torch.rand(2, 3, 4), labels=torch.ones(2, 3, dtype=torch.int64), valid=torch.ones(2, 3, dtype=torch.bool)
+    )
+    return Batch(
+        images=torch.zeros(2, 3, 32, 32, dtype=torch.uint8),
+        sizes=torch.tensor([[30, 32], [32, 20]]),
+        targets=targets,
+        image_ids=torch.tensor([4, 9]),
+        original_sizes=torch.tensor([[60, 64], [64, 40]]),
+    )
+
+
+def devices(value: object) -> set[str]:
+    """Of all tensors, however deep."""
+    if isinstance(value, torch.Tensor):
+        return {value.device.type}
+    return set().union(*(devices(getattr(value, field.name)) for field in dataclasses.fields(value)))
+
+
+def test_to_moves_every_tensor(batch: Batch) -> None:
+    moved = batch.to("meta")
+    assert isinstance(moved, Batch)
+    assert isinstance(moved.targets, Targets)
+    assert devices(moved) == {"meta"}
+    assert devices(batch) == {"cpu"}
+    assert moved.targets.boxes.shape == (2, 3, 4)
+
+
+def test_to_keeps_values_and_types(batch: Batch) -> None:
+    same = batch.to("cpu", non_blocking=True)
+    for old, new in [(batch, same), (batch.targets, same.targets)]:
+        for field in dataclasses.fields(old):
+            if field.name != "targets":
+                value = getattr(new, field.name)
+                assert torch.equal(value, getattr(old, field.name))
+                assert value.dtype == getattr(old, field.name).dtype
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="page-locked memory needs a CUDA device")
+def test_pin_memory(batch: Batch) -> None:
+    pinned = batch.pin_memory()
+    assert pinned.images.is_pinned()
+    assert pinned.targets.boxes.is_pinned()
+    assert not batch.images.is_pinned()
+
+
+def test_values_do_not_change_and_have_names(batch: Batch) -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        batch.images = torch.zeros(0)  # type: ignore[misc]
+    with pytest.raises(TypeError):
+        Proposals(torch.zeros(1, 0, 4), torch.zeros(1, 0), torch.zeros(1, 0))  # type: ignore[misc]
+
+
+def test_length_of_detections() -> None:
+    for d in (0, 3):
+        found = Detections(boxes=torch.zeros(d, 4), scores=torch.zeros(d), labels=torch.zeros(d, dtype=torch.int64))
+        assert len(found) == d
+        assert len(found.to("meta")) == d
+
+
+def test_categories_survive_a_checkpoint() -> None:
+    categories = Categories((3, 7, 90), ("cat", "Hund", "椅子"))
+    assert len(categories) == 3
+    state = categories.state_dict()
+    assert state[1] == {"index": 1, "id": 7, "name": "Hund"}
+    assert Categories.from_state_dict(state) == categories
+
+
+def test_input_error_is_a_value_error() -> None:
+    assert issubclass(InputError, ValueError)

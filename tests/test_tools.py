@@ -1,0 +1,504 @@
+"""The command line, end to end: what a user types, what lies in the folders then, and how errors read."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from pycocotools.coco import COCO
+from torch import Tensor
+
+from fpn_det import build
+from fpn_det.config import load_config
+from fpn_det.data.shapes import CATEGORIES
+from fpn_det.engine.checkpoint import load_checkpoint
+from fpn_det.engine.coco_eval import METRIC_NAMES
+
+ROOT = Path(__file__).parent.parent
+RUN = ("train.save_every=2", "train.accumulate=2", "train.ema_decay=0.9", "optim.lr=0.01", "eval.every=4")
+"""What the run `finished` adds to `tiny`."""
+
+
+@pytest.fixture(scope="module")
+def finished(tool, tiny, tmp_path_factory) -> Path:
+    """Folder of a complete run of 8 steps, its console output beside it in out.txt."""
+    folder = tmp_path_factory.mktemp("runs") / "finished"
+    outcome = tool("train", *tiny, *RUN, "--output-dir", folder)
+    assert (outcome.code, outcome.err) == (0, "")
+    folder.with_name("out.txt").write_text(outcome.out)
+    return folder
+
+
+def records(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def assert_same(one: object, other: object) -> None:
+    """Equal to the last bit, through dicts and lists of tensors and plain values."""
+    if isinstance(one, Tensor):
+        assert one.dtype == other.dtype
+        assert torch.equal(one, other)
+    elif isinstance(one, dict):
+        assert one.keys() == other.keys()
+        for key in one:
+            assert_same(one[key], other[key])
+    elif isinstance(one, list):
+        assert len(one) == len(other)
+        for a, b in zip(one, other, strict=True):
+            assert_same(a, b)
+    else:
+        assert one == other
+
+
+def assert_same_outcome(folder: Path, expected: Path) -> None:
+    """Two runs ended with the same weights, optimiser, moving average, losses, detections and metrics."""
+    for name in ("step_00000008.pth", "final.pth"):
+        one, other = load_checkpoint(folder / name), load_checkpoint(expected / name)
+        assert_same(*({k: v for k, v in state.items() if k != "config"} for state in (one, other)))
+    for name in ("predictions.json", "metrics.json"):
+        assert (folder / name).read_bytes() == (expected / name).read_bytes()
+    losses, expected_losses = (
+        {r["step"]: r["train/loss"] for r in records(f) if "train/loss" in r} for f in (folder, expected)
+    )
+    assert losses == expected_losses
+    steps = [(r["step"], "val/AP" in r) for r in records(folder)]
+    assert len(steps) == len(set(steps))
+
+
+# Training
+
+
+def test_run_folder(finished, tiny, shapes):
+    names = {p.name for p in finished.iterdir()}
+    assert names == {
+        "best.pth",
+        "config.yaml",
+        "final.pth",
+        "log.jsonl",
+        "log.txt",
+        "metrics.json",
+        "predictions.json",
+        "step_00000004.pth",  # the last 3
+        "step_00000006.pth",
+        "step_00000008.pth",
+        "tensorboard",
+    }
+    assert load_config(finished / "config.yaml") == load_config(Path(tiny[1]), [*tiny[2:], *RUN])
+    assert list((finished / "tensorboard").glob("events.*"))
+
+    metrics = json.loads((finished / "metrics.json").read_text())
+    assert set(metrics) == {*METRIC_NAMES, "max_detections", "per_class", "step"}
+    assert metrics["step"] == 8
+    assert all(-1 <= metrics[name] <= 1 for name in METRIC_NAMES)
+
+    training = [r for r in records(finished) if "train/loss" in r]
+    assert [r["step"] for r in training] == [1, 2, 3, 4, 5, 6, 7, 8]
+    assert {"train/lr", "train/grad_norm", "train/rpn_box", "speed/images_per_s"} <= training[0].keys()
+    validation = [r for r in records(finished) if "val/AP" in r]
+    assert [r["step"] for r in validation] == [4, 8]
+    assert validation[-1]["val/AP50"] == metrics["AP50"]
+    for step, record in enumerate(training):  # cosine, 2 warm-up steps from 0.001, lr 0.01 at batch 8, here 4
+        warmup = (0.001, 0.5005)[step] if step < 2 else 1
+        assert record["train/lr"] == pytest.approx(0.005 * warmup * 0.5 * (1 + math.cos(math.pi * step / 8)))
+
+    truth = COCO(str(shapes / "annotations/val.json"))
+    found = truth.loadRes(str(finished / "predictions.json"))
+    assert set(found.getImgIds()) <= set(truth.getImgIds())
+    assert len(found.anns) > 8
+
+
+def test_console_output(finished):
+    out = finished.with_name("out.txt").read_text()
+    assert out == (finished / "log.txt").read_text()
+    assert "learning rate 0.005 = 0.01 x 4 / 8" in out
+    assert "24 images" in out
+    assert "8 steps of 4 images" in out
+    assert f"done: {finished}/final.pth" in out
+
+
+def test_checkpoints(finished, shapes):
+    final, last = (load_checkpoint(finished / name) for name in ("final.pth", "step_00000008.pth"))
+    used = {c["category_id"] for c in json.loads((shapes / "annotations/train.json").read_text())["annotations"]}
+    assert used <= {c["id"] for c in final["categories"]}
+    assert all(CATEGORIES[c["name"]] == c["id"] for c in final["categories"])
+    assert [c["index"] for c in final["categories"]] == list(range(len(final["categories"])))
+    assert final["config"] == (finished / "config.yaml").read_text()
+    assert final.keys() == {"model", "categories", "config", "step"}
+    assert last.keys() == final.keys() | {"optimizer", "ema"}
+    assert_same(final["model"], last["ema"])
+    moved = [k for k, v in last["model"].items() if not torch.equal(v, last["ema"][k])]
+    assert len(moved) > 50
+    best = load_checkpoint(finished / "best.pth")
+    assert best["AP"] == max(r["val/AP"] for r in records(finished) if "val/AP" in r)
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_resuming_equals_the_straight_run(tool, tiny, finished, tmp_path, num_workers):
+    for name in ("step_00000004.pth", "log.jsonl", "log.txt"):  # as if killed in step 8, before saving
+        shutil.copy(finished / name, tmp_path)
+    workers = f"data.num_workers={num_workers}"
+    outcome = tool("train", *tiny, *RUN, workers, "--output-dir", tmp_path, "--resume")
+    assert (outcome.code, outcome.err) == (0, "")
+    assert "resuming at step 4 of 8 steps" in outcome.out
+    assert_same_outcome(tmp_path, finished)
+
+
+@pytest.mark.parametrize(("number", "num_workers"), [(signal.SIGTERM, 0), (signal.SIGINT, 1)])
+def test_a_signal_saves_and_resuming_completes(tool, tiny, finished, tmp_path, number, num_workers):
+    options = [*tiny, *RUN, "train.save_every=100", f"data.num_workers={num_workers}", "--output-dir", str(tmp_path)]
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "tools/train.py"), *options],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        start_new_session=True,
+    )
+    assert process.stdout is not None
+    shown = ""
+    while "step 2/8" not in shown:
+        line = process.stdout.readline()
+        assert line, process.communicate()
+        shown += line
+    os.killpg(process.pid, number)  # a terminal sends Ctrl-C to the loader workers too
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, err) == (0, "")
+    assert "--resume" in out.splitlines()[-1]
+    [saved] = tmp_path.glob("*.pth")
+    assert 2 <= load_checkpoint(saved)["step"] < 8
+    assert not (tmp_path / "metrics.json").exists()
+
+    assert tool("train", *options, "--resume").code == 0
+    assert_same_outcome(tmp_path, finished)
+
+
+def test_an_existing_run_is_not_overwritten(tool, tiny, finished, tmp_path):
+    before = {p: p.stat().st_mtime_ns for p in finished.iterdir()}
+    fails(tool("train", *tiny, *RUN, "--output-dir", finished), str(finished), "step_00000008.pth", "--resume")
+    assert before == {p: p.stat().st_mtime_ns for p in finished.iterdir()}
+    shutil.copy(finished / "final.pth", tmp_path)  # a run whose owner made room
+    fails(tool("train", *tiny, *RUN, "--output-dir", tmp_path), "final.pth", "--output-dir")
+    fails(tool("train", *tiny, *RUN, "--output-dir", tmp_path, "--resume"), "no step_*.pth", "--output-dir")
+
+
+def test_resuming_a_finished_run_only_evaluates(tool, tiny, finished):
+    kept = ("predictions.json", "metrics.json", "log.jsonl")
+    contents = {name: (finished / name).read_bytes() for name in kept}
+    before = {p.name: p.stat().st_mtime_ns for p in finished.iterdir()}
+    outcome = tool("train", *tiny, *RUN, "--output-dir", finished, "--resume")
+    assert outcome.code == 0
+    assert "eta" not in outcome.out
+    assert {name: (finished / name).read_bytes() for name in kept} == contents
+    assert (finished / "metrics.json").stat().st_mtime_ns > before["metrics.json"]
+    assert (finished / "step_00000008.pth").stat().st_mtime_ns == before["step_00000008.pth"]
+
+
+def test_resume_without_a_run_starts_one_in_the_named_folder(tool, tiny, tmp_path, monkeypatch):
+    """Without --output-dir it is runs/NAME; overrides may stand anywhere; bf16 on the way."""
+    monkeypatch.chdir(tmp_path)
+    arguments = ["name=mine", *tiny, "--resume", "train.steps=2", "train.precision=bf16"]
+    outcome = tool("train", *arguments, "eval.backend=hotcoco", "optim.scale_lr=false", "data.keep_empty=false")
+    assert outcome.code == 0, outcome.err
+    assert "learning rate 0.001 (optim.scale_lr off)" in outcome.out
+    assert "training 2 steps of 4 images" in outcome.out
+    assert "bf16" in outcome.out
+    folder = tmp_path / "runs/mine"
+    assert (folder / "metrics.json").exists()
+    assert all(math.isfinite(r["train/loss"]) for r in records(folder) if "train/loss" in r)
+    assert all(v.dtype != torch.bfloat16 for v in load_checkpoint(folder / "final.pth")["model"].values())
+
+
+def test_print_config_loads_back(tool, tiny, tmp_path):
+    outcome = tool("train", *tiny, "--print-config", "optim.lr=3e-4")
+    assert outcome.code == 0
+    path = tmp_path / "other_name.yaml"
+    path.write_text(outcome.out)
+    config = load_config(path)
+    assert config == load_config(Path(tiny[1]), [*tiny[2:], "optim.lr=3e-4"])
+    assert (config.name, config.train.steps, config.optim.lr) == ("quickstart", 8, 3e-4)
+
+
+def test_divergence_stops_the_run_before_it_spoils_a_checkpoint(tool, tiny, tmp_path):
+    options = ["optim.kind=sgd", "optim.lr=1e18", "optim.clip_norm=null", "train.save_every=1", "train.log_every=20"]
+    outcome = tool("train", *tiny, *options, "--output-dir", tmp_path)
+    fails(outcome, "diverged", "optim.lr", "step")
+    for path in tmp_path.glob("*.pth"):
+        assert all(v.isfinite().all() for v in load_checkpoint(path)["model"].values()), path
+
+
+# Evaluation
+
+
+def test_eval_gives_the_numbers_of_training(tool, tiny, finished, tmp_path):
+    outcome = tool("eval", *tiny, "--checkpoint", finished / "final.pth", "--output-dir", tmp_path / "new")
+    assert outcome.code == 0, outcome.err
+    for name in ("metrics.json", "predictions.json"):
+        assert (tmp_path / "new" / name).read_bytes() == (finished / name).read_bytes()
+    ap50 = json.loads((finished / "metrics.json").read_text())["AP50"]
+    assert f"{100 * ap50:.1f}" in outcome.out
+    # The step file holds the raw weights and the average; the average detects.
+    outcome = tool("eval", *tiny, "--checkpoint", finished / "step_00000008.pth", "--output-dir", tmp_path / "step")
+    assert (tmp_path / "step/predictions.json").read_bytes() == (finished / "predictions.json").read_bytes()
+
+
+def test_eval_of_results(tool, tiny, finished, tmp_path):
+    shutil.copy(finished / "predictions.json", tmp_path)
+    outcome = tool("eval", *tiny, "--predictions", tmp_path / "predictions.json")
+    assert outcome.code == 0, outcome.err
+    expected = json.loads((finished / "metrics.json").read_text())
+    del expected["step"]
+    assert json.loads((tmp_path / "metrics.json").read_text()) == expected
+
+
+@pytest.mark.parametrize("backend", ["pycocotools", "hotcoco"])
+def test_eval_of_real_results(tool, tiny, test_data, tmp_path, backend):
+    folder = test_data / "coco_eval"
+    truth = f"data.val.annotations={folder / 'gt.json'}"
+    arguments = [*tiny, truth, f"eval.backend={backend}", "--predictions", folder / "detections.json"]
+    assert tool("eval", *arguments, "--output-dir", tmp_path).code == 0
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    expected = json.loads((folder / "expected.json").read_text())
+    assert {name: metrics[name] for name in METRIC_NAMES} == pytest.approx(
+        {name: expected[name] for name in METRIC_NAMES}, abs=1e-9
+    )
+
+
+# Prediction
+
+
+def test_predict_a_folder_with_odd_files(tool, tiny, finished, shapes, tmp_path):
+    photos, output = tmp_path / "photos", tmp_path / "out/pictures"
+    photos.mkdir()
+    source = sorted((shapes / "val").glob("*.jpg"))[0]
+    shutil.copy(source, photos / "a.jpg")
+    image = Image.open(source)
+    image.convert("L").resize((400, 330)).save(photos / "b.gray.png")
+    image.convert("RGBA").save(photos / "c.PNG")
+    (photos / "d.jpg").write_bytes(source.read_bytes()[:100])
+    image.convert("P").save(photos / "e.gif")
+    (photos / "notes.txt").write_text("not an image")
+
+    arguments = ["--checkpoint", finished / "final.pth", "--input", photos, "--output", output]
+    outcome = tool("predict", *tiny, *arguments, "--score-thresh", "0.05")
+    assert outcome.code == 1
+    [skipped] = [line for line in outcome.err.splitlines() if line]
+    assert skipped.startswith(f"skipped: {photos / 'd.jpg'}: ")
+    pictures = {p.name for p in output.glob("*.png")}
+    assert pictures == {"a.jpg.png", "b.gray.png.png", "c.PNG.png", "e.gif.png"}
+
+    found = json.loads((output / "predictions.json").read_text())
+    assert {(r["image_id"], r["file_name"]) for r in found} == {
+        (1, "a.jpg"),
+        (2, "b.gray.png"),
+        (3, "c.PNG"),
+        (5, "e.gif"),
+    }
+    assert {r["category_id"] for r in found} <= set(CATEGORIES.values())
+    assert f"4 images, {len(found)} detections, {len(found)} of them drawn" in outcome.out
+    for r in found:
+        x, y, w, h = r["bbox"]
+        width, height = (400, 330) if r["file_name"] == "b.gray.png" else image.size
+        assert x >= 0
+        assert y >= 0
+        assert x + w <= width + 1e-3
+        assert y + h <= height + 1e-3
+    # Nothing is enlarged at 400x330: the picture is the image but for the boxes and their labels.
+    drawn = np.asarray(Image.open(output / "b.gray.png.png")).astype(int)
+    plain = np.asarray(Image.open(photos / "b.gray.png").convert("RGB")).astype(int)
+    assert drawn.shape == plain.shape
+    coloured = np.ptp(drawn, axis=2) > 0
+    assert coloured.mean() > 0.005
+    assert (drawn == plain)[~coloured].mean() > 0.9
+
+
+def test_predict_one_image_as_the_evaluation_does(tool, tiny, finished, shapes, tmp_path):
+    truth = json.loads((shapes / "annotations/val.json").read_text())["images"][3]
+    arguments = ["--checkpoint", finished / "final.pth", "--input", shapes / "val" / truth["file_name"]]
+    outcome = tool("predict", *tiny, *arguments, "--output", tmp_path, "--score-thresh", "0.99")
+    assert (outcome.code, outcome.err) == (0, "")
+    assert "0 of them drawn" in outcome.out
+    found = json.loads((tmp_path / "predictions.json").read_text())
+    expected = [r for r in json.loads((finished / "predictions.json").read_text()) if r["image_id"] == truth["id"]]
+    assert [r["category_id"] for r in found] == [r["category_id"] for r in expected]
+    assert np.array([r["bbox"] for r in found]) == pytest.approx(np.array([r["bbox"] for r in expected]), abs=1e-2)
+    assert [r["score"] for r in found] == pytest.approx([r["score"] for r in expected], abs=1e-5)
+
+
+# Errors: exit code 2 and one line that names the thing and the way out
+
+
+def fails(outcome, *words: str) -> None:
+    assert outcome.code == 2, outcome
+    lines = [line for line in outcome.err.splitlines() if line]
+    assert len(lines) == 1, outcome.err
+    assert lines[0].startswith("error: ")
+    for word in words:
+        assert word in lines[0]
+
+
+@pytest.fixture
+def altered(shapes, tmp_path):
+    """A copy of one split's annotations with changes; returns the override that selects it."""
+
+    def alter(split: str, change) -> str:
+        content = json.loads((shapes / f"annotations/{split}.json").read_text())
+        content = change(content) or content
+        path = tmp_path / f"{split}_altered.json"
+        path.write_text(json.dumps(content))
+        return f"data.{split}.annotations={path}"
+
+    return alter
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("--config=configs/nothing.yaml", ["configs/nothing.yaml: no such file"]),
+        ("optim.learning_rate=1", ["command line: optim.learning_rate: unknown key; did you mean"]),
+        ("train.steps=many", ["command line: train.steps", '"many"']),
+        ("steps", ["command line: 'steps': must be key=value"]),
+        ("data.train.images=no/such/folder", ["no/such/folder", "data.train.images"]),
+        ("data.val.images=no/such/folder", ["no/such/folder", "data.val.images"]),
+        ("data.train.annotations=no/such.json", ["no/such.json", "data.train.annotations"]),
+        ("data.val.annotations=no/such.json", ["no/such.json", "data.val.annotations"]),
+        ("data.train.annotations=.", ["annotation file", "data.train.annotations"]),
+        ("model.num_classes=7", ["model.num_classes is 7", "data set has", "Remove model.num_classes"]),
+        ("train.accumulate=3", ["accumulate 3 does not divide batch_size 4"]),
+        ("model.backbone.weights=IMAGENET1K_V9", ["model.backbone.weights: 'IMAGENET1K_V9' is neither a file"]),
+        ("model.backbone.weights=no/such.pth", ["model.backbone.weights: 'no/such.pth' is neither a file"]),
+        (f"model.backbone.weights={__file__}", ["model.backbone.weights", "test_tools.py is not a file of PyTorch"]),
+        (f"--output-dir={__file__}", ["test_tools.py"]),
+        (f"--output-dir={__file__}/run", ["test_tools.py/run"]),
+    ],
+)
+def test_errors_before_training(tool, tiny, tmp_path, override, words):
+    fails(tool("train", *tiny, "--output-dir", tmp_path / "run", override), *words)
+    assert not list((tmp_path / "run").glob("*"))
+
+
+def nothing_but_empty_images(content: dict) -> None:
+    content["annotations"] = []
+
+
+def one_class_less(content: dict) -> None:
+    gone = content["categories"].pop()["id"]
+    content["annotations"] = [a for a in content["annotations"] if a["category_id"] != gone]
+
+
+def box_of_another_image(content: dict) -> None:
+    content["annotations"][4]["image_id"] = 999
+
+
+def box_of_text(content: dict) -> None:
+    content["annotations"][4]["bbox"] = ["1", "2", "3", "4"]
+
+
+@pytest.mark.parametrize(
+    ("split", "change", "words"),
+    [
+        ("train", lambda content: [content], ["train_altered.json", "JSON object"]),
+        ("train", lambda content: {"images": []}, ["train_altered.json", "annotations", "keys ['images']"]),
+        ("train", nothing_but_empty_images, ["train_altered.json", "no usable box", "data.train.annotations"]),
+        ("train", one_class_less, ["train_altered.json", "val.json", "different categories", "Give both"]),
+        ("val", lambda content: content["images"].clear(), ["val_altered.json", "'images' is empty"]),
+        # What only the evaluation refuses must not wait for the end of the training.
+        ("val", box_of_another_image, ["val_altered.json: annotations[4]", "image_id", "999"]),
+        ("val", box_of_text, ["val_altered.json: annotations[4]", "bbox", "'1'"]),
+    ],
+)
+def test_unusable_annotations(tool, tiny, altered, tmp_path, split, change, words):
+    fails(tool("train", *tiny, "--output-dir", tmp_path / "run", altered(split, change)), *words)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("text", "words"), [("", "the file is empty"), ('{"images": [', "not valid JSON")])
+def test_annotation_files_that_are_no_json(tool, tiny, tmp_path, text, words):
+    path = tmp_path / "broken.json"
+    path.write_text(text)
+    fails(tool("train", *tiny, f"data.train.annotations={path}"), str(path), words)
+    fails(tool("eval", *tiny, f"data.val.annotations={path}", "--predictions", path), str(path))
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_broken_image_in_training(tool, tiny, shapes, tmp_path, num_workers):
+    images = tmp_path / "train"
+    shutil.copytree(shapes / "train", images)
+    for path in images.iterdir():
+        path.write_bytes(path.read_bytes()[:200])
+    options = [f"data.train.images={images}", f"data.num_workers={num_workers}", "--output-dir", tmp_path / "run"]
+    fails(tool("train", *tiny, *options), str(images), ".jpg: cannot decode the image")
+
+
+def test_checkpoints_that_do_not_fit(tool, tiny, finished, shapes, altered, tmp_path):
+    final, missing = finished / "final.pth", tmp_path / "final.pth"
+    damaged = tmp_path / "damaged.pth"
+    damaged.write_bytes(final.read_bytes()[:1000])
+    fewer = altered("val", one_class_less)
+    evaluate, predict = ["eval", *tiny], ["predict", *tiny, "--input", shapes / "val", "--output", tmp_path / "out"]
+    for command in (evaluate, predict):
+        fails(tool(*command, "--checkpoint", missing), f"{missing}: no such checkpoint")
+        fails(tool(*command, "--checkpoint", final, "model.num_classes=7"), "model.num_classes is 7")
+        other = tool(*command, "--checkpoint", final, "model.neck.channels=8")
+        fails(other, str(final), "another architecture", "config.yaml")
+    fails(tool(*evaluate, "--checkpoint", finished), "best.pth, final.pth")
+    fails(tool(*evaluate, "--checkpoint", damaged), f"{damaged}: damaged")
+    outcome = tool("eval", *tiny, fewer, "--checkpoint", final, "--output-dir", tmp_path)
+    fails(outcome, str(final), "val_altered.json", "same categories")
+    assert not (tmp_path / "metrics.json").exists()
+
+
+def test_resuming_with_what_does_not_fit(tool, tiny, finished, altered):
+    resume = ["train", *tiny, *RUN, "--output-dir", finished, "--resume"]
+    fewer = [altered("train", one_class_less), altered("val", one_class_less)]
+    fails(tool(*resume, *fewer), "step_00000008.pth", "train_altered.json", "same categories")
+    fails(tool(*resume, "train.steps=4"), "step_00000008.pth is beyond the end")
+    fails(tool(*resume, "train.steps=9", "optim.kind=sgd"), "step_00000008.pth", "optim.kind")
+    fails(tool(*resume, "train.steps=9", "model.neck.channels=32"), "step_00000008.pth", "another architecture")
+
+
+def test_unusable_input_of_predict_and_eval(tool, tiny, finished, tmp_path):
+    predict = ["predict", *tiny, "--checkpoint", finished / "final.pth", "--output", tmp_path / "out"]
+    fails(tool(*predict, "--input", tmp_path / "nothing"), str(tmp_path / "nothing"), "no such image or folder")
+    (tmp_path / "a.txt").write_text("hello")
+    fails(tool(*predict, "--input", tmp_path), str(tmp_path), "no image in this folder", ".jpg")
+    fails(tool(*predict, "--input", tmp_path / "a.txt"), "a.txt: cannot decode the image")
+    fails(tool("eval", *tiny, "--predictions", tmp_path / "none.json"), "none.json")
+    unknown = tmp_path / "unknown.json"
+    unknown.write_text('[{"image_id": 1, "category_id": 3, "bbox": [0, 0, 1, 1], "score": 1}]')
+    fails(tool("eval", *tiny, "--predictions", unknown), "image_id not in", "another data set")
+    assert tool(*predict, "--input", tmp_path, "--score-thresh", "7").code == 2
+    assert tool("eval", *tiny).code == 2
+
+
+def test_an_interrupted_start_leaves_no_traceback(tool, tiny, monkeypatch):
+    def interrupt(config):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(build, "load_train_data", interrupt)
+    outcome = tool("train", *tiny)
+    assert (outcome.code, outcome.err) == (130, "interrupted\n")
+
+
+# The generated data set
+
+
+def test_make_shapes(tool, tmp_path):
+    options = ["--output", tmp_path / "data", "--num-train", "2", "--num-val", "1", "--size", "64"]
+    assert tool("make_shapes", *options).code == 0
+    content = json.loads((tmp_path / "data/annotations/train.json").read_text())
+    assert [(tmp_path / "data/train" / i["file_name"]).is_file() for i in content["images"]] == [True, True]
+    assert "nothing to do" in tool("make_shapes", *options).out
+    fails(tool("make_shapes", *options, "--seed", "1"), "train.json belongs to another data set", "delete the folder")
+    fails(tool("make_shapes", *options, "--size", "10"), "size is 10", "64 to 512")
+    (tmp_path / "file").touch()
+    fails(tool("make_shapes", "--output", tmp_path / "file", "--num-train", "1"), "file")
