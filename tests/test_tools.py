@@ -209,7 +209,7 @@ def test_resume_without_a_run_starts_one_in_the_named_folder(tool, tiny, tmp_pat
     arguments = ["name=mine", *tiny, "--resume", "train.steps=2", "train.precision=bf16"]
     outcome = tool("train", *arguments, "eval.backend=hotcoco", "optim.scale_lr=false", "data.keep_empty=false")
     assert outcome.code == 0, outcome.err
-    assert "learning rate 0.001 (optim.scale_lr off)" in outcome.out
+    assert "learning rate 0.002 (optim.scale_lr off)" in outcome.out
     assert "training 2 steps of 4 images" in outcome.out
     assert "bf16" in outcome.out
     folder = tmp_path / "runs/mine"

@@ -1,7 +1,7 @@
 """A generated detection data set in COCO format: coloured shapes on textured backgrounds.
 
 It stands in for real data where none is at hand: a detector trains on it in minutes. It has what real data sets have
-and toys lack: sizes from 16 pixels to most of the image, occlusion, images without objects, crowd annotations,
+and toys lack: sizes from 18 pixels to most of the image, occlusion, images without objects, crowd annotations,
 gaps in category and image ids, images of different sizes.
 
 Shapes are told apart by outline, never by colour. All are drawn into one label map of `SUBPIXELS` times the
@@ -33,7 +33,7 @@ CATEGORIES = {"circle": 3, "square": 7, "triangle": 8, "cross": 21, "ring": 90}
 
 SPLITS = ("train", "val")
 SUBPIXELS = 4
-SMALLEST_PX = 16.0
+SMALLEST_PX = 18.0
 """Smallest longest side of an annotated shape; the members of a crowd stay below `CROWD_PX[1]`."""
 CROWD_PX = (6.0, 8.0)
 CROWD_PITCH_PX = 9.0
@@ -173,7 +173,7 @@ def _arrange(
     if rng.random() < 0.05:
         return label_map, kinds
     names = list(CATEGORIES)
-    wanted = [False] * int(rng.integers(1, 7))
+    wanted = [False] * int(rng.integers(1, 8))
     if rng.random() < 0.05:
         wanted.insert(0, True)
     for crowd in wanted:
@@ -219,7 +219,7 @@ def _outline(rng: np.random.Generator, name: str, longest_px: float) -> NDArray[
     squeeze = np.ones(2)
     squeeze[rng.integers(2)] = rng.uniform(0.8, 1.0)
     # A limited turn keeps small squares and circles apart.
-    angle = rng.uniform(-np.pi / 12, np.pi / 12)
+    angle = rng.uniform(-np.pi / 15, np.pi / 15)
     turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
     points = (points * squeeze) @ turn
     points = points - points.min(axis=0)
