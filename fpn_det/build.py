@@ -1,7 +1,7 @@
 """From a `Config` to objects: the only file that knows both.
 
-A new backbone, neck or head is added in three places: its class, its member of the union in `config.py` and its `case`
-here.
+A new backbone or neck is added in three places: its class, its section in `config.py` (told apart by `kind`) and its
+`case` here.
 """
 
 from __future__ import annotations

@@ -243,7 +243,7 @@ class DataConfig(Section):
     num_workers: NonNegativeInt = 4
     """Loader processes per training process; 0 loads in the training process itself."""
     on_error: Literal["drop", "fail"] = "drop"
-    """What to do with boxes that cannot be used: leave them out and report them, or stop."""
+    """What to do with training boxes that cannot be used: leave them out and report them, or stop."""
 
     @field_validator("train", "val", mode="before")
     @classmethod

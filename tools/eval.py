@@ -79,10 +79,10 @@ def evaluate_checkpoint(config: Config, path: Path, folder: Path, *, process: Pr
 
 def report(metrics: Metrics, folder: Path, *, step: int | None = None) -> None:
     """Print the table and write metrics.json, with the step of a checkpoint as training writes it."""
+    print(format_table(metrics))  # first: a folder that cannot be written must not cost the numbers
     folder.mkdir(parents=True, exist_ok=True)
     written = metrics if step is None else {**metrics, "step": step}
     (folder / "metrics.json").write_text(json.dumps(written, indent=2))
-    print(format_table(metrics))
     print(f"written: {folder / 'metrics.json'}")
 
 

@@ -37,8 +37,8 @@ SMALLEST_PX = 18.0
 """Smallest longest side of an annotated shape; the members of a crowd stay below `CROWD_PX[1]`."""
 CROWD_PX = (6.0, 8.0)
 CROWD_PITCH_PX = 9.0
-MAX_IOU = 0.2
-MAX_COVERED = 0.25
+MAX_IOU = 0.1
+MAX_COVERED = 0.1
 
 
 def generate(root: Path, *, num_train: int = 2000, num_val: int = 200, size: int = 128, seed: int = 0) -> None:

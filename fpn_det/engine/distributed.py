@@ -16,6 +16,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from fpn_det.structures import InputError
+
 
 @dataclass(frozen=True, kw_only=True)
 class Process:
@@ -64,11 +66,6 @@ class Process:
             for buffer in module.buffers():
                 dist.broadcast(buffer, src=0)
 
-    def wait(self) -> None:
-        """Return when all processes have come here (collective)."""
-        if self.world_size > 1:
-            dist.barrier()
-
 
 @contextmanager
 def launched_process(device: str | None = None, timeout: timedelta = timedelta(hours=1)) -> Iterator[Process]:
@@ -77,16 +74,25 @@ def launched_process(device: str | None = None, timeout: timedelta = timedelta(h
     Args:
         device: `cpu` or `cuda`; by default a GPU where there is one.
         timeout: how long a collective may wait for the other processes (the main one evaluates alone meanwhile).
+
+    Raises:
+        InputError: this machine has fewer GPUs than processes.
     """
     kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if "RANK" not in os.environ:
         yield Process(device=torch.device(kind))
         return
-    local = torch.device(kind, int(os.environ["LOCAL_RANK"])) if kind == "cuda" else torch.device("cpu")
+    local = torch.device("cpu")
     if kind == "cuda":
+        num_gpus, local_rank = torch.cuda.device_count(), int(os.environ["LOCAL_RANK"])
+        if local_rank >= num_gpus:
+            raise InputError(
+                f"process {local_rank} of this machine has no GPU, there are {num_gpus}: use --nproc-per-node "
+                f"{num_gpus}, or hide them with CUDA_VISIBLE_DEVICES= to run on the CPU"
+            )
+        local = torch.device("cuda", local_rank)
         torch.cuda.set_device(local)
     dist.init_process_group("nccl" if kind == "cuda" else "gloo", timeout=timeout)
-    try:
-        yield Process(rank=dist.get_rank(), world_size=dist.get_world_size(), device=local)
-    finally:
-        dist.destroy_process_group()
+    yield Process(rank=dist.get_rank(), world_size=dist.get_world_size(), device=local)
+    # Not after an exception: NCCL would wait for processes that wait for this one in a collective. Exiting ends it all.
+    dist.destroy_process_group()

@@ -49,7 +49,7 @@ class FasterRCNN(nn.Module):
         self.register_buffer("pixel_std", torch.tensor(pixel_std).view(3, 1, 1), persistent=False)
 
     def normalize(self, images: Tensor, sizes: Tensor) -> Tensor:
-        """(N, 3, H, W) uint8 -> float32 of zero mean and unit variance; the padding becomes 0, the mean colour."""
+        """(N, 3, H, W) uint8 -> float32 (x - pixel_mean) / pixel_std; the padding becomes 0, the mean colour."""
         normalized = (images - self.pixel_mean) / self.pixel_std
         rows, columns = (torch.arange(n, device=images.device) for n in images.shape[-2:])
         inside = (rows[:, None] < sizes[:, 0, None, None]) & (columns < sizes[:, 1, None, None])

@@ -186,11 +186,5 @@ class RoIHead(nn.Module):
         index, kept = grouped_nms(
             boxes, scores, labels, valid, iou_thresh=self.nms_thresh, top_k=self.detections_per_image
         )
-        return [
-            Detections(
-                boxes=boxes[i, index[i][kept[i]]],
-                scores=scores[i, index[i][kept[i]]],
-                labels=labels[i, index[i][kept[i]]],
-            )
-            for i in range(len(boxes))
-        ]
+        keep = [index[i, kept[i]] for i in range(len(boxes))]
+        return [Detections(boxes=boxes[i, k], scores=scores[i, k], labels=labels[i, k]) for i, k in enumerate(keep)]

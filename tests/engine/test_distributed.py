@@ -75,8 +75,15 @@ def test_one_process_without_torchrun(monkeypatch):
         assert process.gather({"a": 1}) == [{"a": 1}]
         assert process.mean(torch.tensor([1.0, 2.0])).tolist() == [1.0, 2.0]
         assert (process.any(True), process.any(False)) == (True, False)
-        process.wait()
         process.share_buffers(nn.BatchNorm2d(2))
+
+
+def test_more_processes_than_gpus_are_refused(monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(InputError, match=r"no GPU.*--nproc-per-node 1"), launched_process("cuda"):
+        pass
 
 
 def test_collectives():
@@ -85,7 +92,6 @@ def test_collectives():
         norm.running_mean.fill_(process.rank + 3)
         norm.num_batches_tracked.fill_(process.rank + 5)
         process.share_buffers(norm)
-        process.wait()
         return (
             process.rank,
             process.world_size,
