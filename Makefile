@@ -8,7 +8,6 @@ BIN := .venv/bin
 quickstart: .venv/installed
 	$(BIN)/python tools/make_shapes.py --output data/shapes
 	$(BIN)/python tools/train.py --config configs/quickstart.yaml --output-dir runs/quickstart --resume
-	$(BIN)/python tools/eval.py --config configs/quickstart.yaml --checkpoint runs/quickstart/final.pth
 	$(BIN)/python tools/predict.py --config configs/quickstart.yaml --checkpoint runs/quickstart/final.pth \
 		--input data/shapes/val --output runs/quickstart/pictures
 	@echo

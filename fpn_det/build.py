@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import assert_never
+from typing import Any, assert_never
 
 import torch
 from torch import nn
@@ -19,8 +19,9 @@ from fpn_det.config import Config
 from fpn_det.data.coco import CocoAnnotations, format_problems, load_coco
 from fpn_det.data.loader import DetectionDataset, TestSampler, TrainSampler, make_loader
 from fpn_det.data.transforms import TestTransform, TrainTransform
-from fpn_det.engine.coco_eval import read_ground_truth
+from fpn_det.engine.coco_eval import Metrics, read_ground_truth
 from fpn_det.engine.distributed import Process
+from fpn_det.engine.evaluate import evaluate
 from fpn_det.engine.optim import lr_factor, make_optimizer, scaled_lr
 from fpn_det.models.anchors import Anchors
 from fpn_det.models.backbone import ResNet, read_classifier
@@ -135,6 +136,11 @@ def num_steps(config: Config, num_images: int) -> int:
     return max(1, math.ceil(config.train.epochs * num_images / config.train.batch_size))
 
 
+def interval(every: int | None, steps: int) -> int:
+    """Steps between two checkpoints or evaluations: as configured, or a tenth of the run, at most 5000."""
+    return every if every is not None else min(5000, max(1, steps // 10))
+
+
 def peak_lr(config: Config) -> float:
     """The learning rate after warm-up, scaled from `optim.base_batch_size` unless `optim.scale_lr` is off."""
     if not config.optim.scale_lr:
@@ -155,14 +161,14 @@ def build_optimizer(config: Config, model: nn.Module) -> torch.optim.Optimizer:
 
 
 def build_schedule(config: Config, steps: int) -> Callable[[int], float]:
-    """Learning rate at a step, as a function."""
+    """Learning rate at a step, as a function. A run of few steps spends at most a tenth of them on the warm-up."""
     factor = partial(
         lr_factor,
         num_steps=steps,
         schedule=config.optim.schedule,
         milestones=config.optim.milestones,
         gamma=config.optim.gamma,
-        warmup_steps=config.optim.warmup_steps,
+        warmup_steps=min(config.optim.warmup_steps, steps // 10),
         warmup_factor=config.optim.warmup_factor,
     )
     peak = peak_lr(config)
@@ -250,3 +256,24 @@ def build_neck(config: Config, backbone: ResNet) -> FPN:
             return FPN(in_channels=backbone.channels, channels=neck.channels, strides=backbone.strides)
         case _:
             assert_never(neck.kind)
+
+
+def evaluate_model(
+    config: Config,
+    model: FasterRCNN,
+    batches: DataLoader[Sample],
+    categories: Categories,
+    *,
+    process: Process,
+) -> tuple[Metrics, list[dict[str, Any]]] | None:
+    """Metrics and detections of `model` on the validation images (collective); see `engine.evaluate.evaluate`."""
+    return evaluate(
+        model,
+        batches,
+        annotations=config.data.val.annotations,
+        categories=categories,
+        backend=config.eval.backend,
+        max_detections=config.model.roi_head.detections_per_image,
+        precision=config.train.precision,
+        process=process,
+    )

@@ -214,6 +214,11 @@ class SplitConfig(Section):
     annotations: Path
     """COCO JSON file."""
 
+    @field_validator("images", "annotations")
+    @classmethod
+    def _expand_home(cls, value: Path) -> Path:
+        return value.expanduser()
+
 
 class DataConfig(Section):
     """The data set and how its images reach the model."""
@@ -287,7 +292,8 @@ class OptimConfig(Section):
     gamma: Annotated[float, Field(gt=0, le=1)] = 0.1
     """Factor of the step schedule."""
     warmup_steps: NonNegativeInt = 1000
-    """Steps over which the learning rate rises linearly from `warmup_factor` to 1 times its value."""
+    """Steps over which the learning rate rises linearly from `warmup_factor` to 1 times its value; at most a tenth of
+    the run."""
     warmup_factor: Annotated[float, Field(gt=0, le=1)] = 0.001
     """Where the warm-up starts."""
     clip_norm: Positive | None = None
@@ -318,8 +324,8 @@ class TrainConfig(Section):
     """Keep a moving average of the weights with this decay per step and evaluate it; none does not."""
     log_every: Count = 20
     """Steps between two log lines."""
-    save_every: Count = 5000
-    """Steps between two checkpoints; the end of the run always saves."""
+    save_every: Count | None = None
+    """Steps between two checkpoints; none is a tenth of the run, at most 5000. The end of the run always saves."""
     keep_checkpoints: Count = 3
     """How many of the latest checkpoints stay on disk."""
 
@@ -346,8 +352,8 @@ class EvalConfig(Section):
     """Which implementation of the COCO metrics computes the numbers."""
     batch_size: Count = 8
     """Images per forward pass and process."""
-    every: NonNegativeInt = 5000
-    """Steps between two evaluations; 0 evaluates only at the end."""
+    every: NonNegativeInt | None = None
+    """Steps between two evaluations; none is a tenth of the run, at most 5000; 0 evaluates only at the end."""
     tensorboard_images: NonNegativeInt = 8
     """Validation images with their detections written to TensorBoard at each evaluation."""
 

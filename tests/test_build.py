@@ -49,6 +49,19 @@ def test_learning_rate_follows_the_batch(config):
     assert [schedule(s) for s in (0, 2, 59, 60, 80)] == pytest.approx([5e-6, 5e-3, 5e-3, 5e-4, 5e-5])
 
 
+def test_a_short_run_leaves_its_warm_up(config):
+    schedule = build.build_schedule(config("optim.warmup_steps=1000", "optim.warmup_factor=0.001"), 40)
+    assert schedule(0) == pytest.approx(0.001 * schedule(4), rel=0.03)
+    assert schedule(4) > schedule(5) > schedule(39)
+
+
+@pytest.mark.parametrize(
+    ("every", "steps", "expected"), [(None, 90_000, 5000), (None, 600, 60), (None, 3, 1), (7, 600, 7), (0, 600, 0)]
+)
+def test_interval(every, steps, expected):
+    assert build.interval(every, steps) == expected
+
+
 def test_empty_images(config):
     everything, filled = (build.load_train_data(config(f"data.keep_empty={v}")) for v in ("true", "false"))
     counts = everything.box_offsets.diff()

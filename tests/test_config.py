@@ -362,3 +362,11 @@ def test_3x_schedule(name: str):
     config = load_config(CONFIGS[0].parent / f"{name}.yaml")
     assert config.train.steps == 270_000
     assert [round(270_000 * m) for m in config.optim.milestones] == [210_000, 250_000]
+
+
+def test_home_is_expanded(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text("data: {train: {images: ~/train, annotations: ~/train.json}}")
+    split = load_config(path).data.train
+    assert split.images == Path.home() / "train"
+    assert split.annotations == Path.home() / "train.json"

@@ -20,7 +20,6 @@ from fpn_det.data.coco import format_problems
 from fpn_det.engine import checkpoint
 from fpn_det.engine.coco_eval import Metrics, format_table, read_results, score
 from fpn_det.engine.distributed import Process, launched_process
-from fpn_det.engine.evaluate import evaluate
 
 
 def main() -> None:
@@ -60,16 +59,8 @@ def evaluate_checkpoint(config: Config, path: Path, folder: Path, *, process: Pr
         print(data.summary())
         if data.problems:
             print(format_problems(data.problems))
-    evaluated = evaluate(
-        model.to(process.device),
-        build.build_val_loader(config, data, process=process),
-        annotations=config.data.val.annotations,
-        categories=categories,
-        backend=config.eval.backend,
-        max_detections=config.model.roi_head.detections_per_image,
-        precision=config.train.precision,
-        process=process,
-    )
+    batches = build.build_val_loader(config, data, process=process)
+    evaluated = build.evaluate_model(config, model.to(process.device), batches, categories, process=process)
     if evaluated is not None:
         metrics, results = evaluated
         folder.mkdir(parents=True, exist_ok=True)

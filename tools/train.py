@@ -9,6 +9,7 @@ metrics.json. SIGINT and SIGTERM save a checkpoint and exit; --resume goes on fr
 
 from __future__ import annotations
 
+import difflib
 import json
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from fpn_det.draw import draw_comparison
 from fpn_det.engine import checkpoint
 from fpn_det.engine.coco_eval import METRIC_NAMES, format_table
 from fpn_det.engine.distributed import Process, launched_process
-from fpn_det.engine.evaluate import evaluate, from_coco_results
+from fpn_det.engine.evaluate import from_coco_results
 from fpn_det.engine.runlog import RunLog
 from fpn_det.engine.train import train
 from fpn_det.models.faster_rcnn import FasterRCNN
@@ -85,7 +86,7 @@ def run(config: Config, folder: Path, *, resume: bool, process: Process) -> None
     val_loader = build.build_val_loader(config, val_data, process=process)
     pictures = list(range(min(config.eval.tensorboard_images, len(val_data))))
     best = folder / "best.pth"
-    best_ap = checkpoint.load_checkpoint(best)["AP"] if best.exists() else -1.0
+    best_ap = checkpoint.load_checkpoint(best).get("AP", -1.0) if process.is_main and best.exists() else -1.0
 
     with RunLog(folder if process.is_main else None, start_step=start_step, num_steps=num_steps) as log:
         for data in (train_data, val_data):
@@ -93,6 +94,8 @@ def run(config: Config, folder: Path, *, resume: bool, process: Process) -> None
             if data.problems:
                 log.message(format_problems(data.problems))
         log.message(describe(config, model, train_data, num_steps, start_step, process))
+        if state is not None and state["config"] != dump_config(config):
+            log.message(f"the config changed since that checkpoint:\n{changes(state['config'], dump_config(config))}")
 
         def weights_for_use(step: int) -> checkpoint.State:
             return {
@@ -111,16 +114,7 @@ def run(config: Config, folder: Path, *, resume: bool, process: Process) -> None
 
         def evaluate_at(step: int) -> None:
             process.share_buffers(detector)
-            evaluated = evaluate(
-                detector,
-                val_loader,
-                annotations=config.data.val.annotations,
-                categories=categories,
-                backend=config.eval.backend,
-                max_detections=config.model.roi_head.detections_per_image,
-                precision=config.train.precision,
-                process=process,
-            )
+            evaluated = build.evaluate_model(config, detector, val_loader, categories, process=process)
             if evaluated is None:
                 return
             nonlocal best_ap
@@ -156,8 +150,8 @@ def run(config: Config, folder: Path, *, resume: bool, process: Process) -> None
                 clip_norm=config.optim.clip_norm,
                 ema=ema,
                 log_every=config.train.log_every,
-                save_every=config.train.save_every,
-                evaluate_every=config.eval.every,
+                save_every=build.interval(config.train.save_every, num_steps),
+                evaluate_every=build.interval(config.eval.every, num_steps),
             )
         if done < num_steps:
             log.message(f"stopped at step {done} of {num_steps}, saved; add --resume to the same command to go on")
@@ -168,16 +162,17 @@ def run(config: Config, folder: Path, *, resume: bool, process: Process) -> None
 
 def open_run(folder: Path, *, resume: bool) -> checkpoint.State | None:
     """The state to resume from, or None for a fresh run; refuses to overwrite one."""
-    last, final = checkpoint.latest_checkpoint(folder), folder / "final.pth"
-    if not resume and (last is not None or final.exists()):
+    last = checkpoint.latest_checkpoint(folder)
+    present = [path for path in (last, folder / "final.pth", folder / "best.pth") if path is not None and path.exists()]
+    if present and not resume:
         raise InputError(
-            f"{folder}: holds a run already ({(last or final).name}); add --resume to go on with it, choose another "
+            f"{folder}: holds a run already ({present[0].name}); add --resume to go on with it, choose another "
             "--output-dir, or delete the folder"
         )
-    if last is None and final.exists():
+    if present and last is None:
         raise InputError(
-            f"{folder}: holds final.pth, but no step_*.pth to resume from; choose another --output-dir, or delete the "
-            "folder"
+            f"{folder}: holds {present[0].name}, but no step_*.pth to resume from; choose another --output-dir, or "
+            "delete the folder"
         )
     return checkpoint.load_checkpoint(last) if last is not None else None
 
@@ -191,12 +186,19 @@ def describe(
     optim, batch_size = config.optim, config.train.batch_size
     scaling = f" = {optim.lr:g} x {batch_size} / {optim.base_batch_size}" if optim.scale_lr else " (optim.scale_lr off)"
     begin = f"resuming at step {start_step} of" if start_step else "training"
+    warmup = min(optim.warmup_steps, num_steps // 10)
     return (
         f"{total / 1e6:.1f} M parameters, {trainable / 1e6:.1f} M trained\n"
         f"{begin} {num_steps:,} steps of {batch_size} images ({num_steps * batch_size / len(data):.1f} epochs) on "
         f"{process.world_size} x {process.device.type}, {config.train.precision}\n"
-        f"learning rate {build.peak_lr(config):g}{scaling}"
+        f"learning rate {build.peak_lr(config):g}{scaling}, {warmup} steps of warm-up"
     )
+
+
+def changes(before: str, after: str) -> str:
+    """The lines that differ between two configs."""
+    lines = difflib.unified_diff(before.splitlines(), after.splitlines(), "then", "now", lineterm="", n=0)
+    return "\n".join(line for line in lines if line.startswith(("-", "+")))
 
 
 def draw_validation(data: CocoAnnotations, index: int, results: list[dict]) -> torch.Tensor:

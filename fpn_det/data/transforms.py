@@ -1,6 +1,6 @@
 """From an image file and its boxes to a training or test sample, all on uint8 tensors.
 
-That takes a third of the time of the usual path over Pillow (NOTES.md has the figures).
+That takes less than a third of the time of the usual path over Pillow (NOTES.md has the figures).
 """
 
 from __future__ import annotations

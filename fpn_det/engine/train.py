@@ -105,7 +105,8 @@ def train(
             may_stop = process.world_size == 1 or done % log_every == 0
             stopping = may_stop and process.any(stop.requested)
             saving = done % save_every == 0 or done == num_steps or stopping
-            if done % log_every == 0 or saving:  # nothing is saved before it proved finite
+            evaluating = bool(evaluate_every) and done % evaluate_every == 0 and done < num_steps
+            if done % log_every == 0 or saving or evaluating:  # nothing is saved before it proved finite
                 scalars = window.close(process)
                 eta = format_seconds((num_steps - done) * scalars["speed/s_per_step"])
                 log.training(done, {**scalars, "train/lr": lr}, eta=eta)
@@ -120,7 +121,7 @@ def train(
                 save(done)
             if stopping:
                 return done
-            if evaluate_every and done % evaluate_every == 0 and done < num_steps:
+            if evaluating:
                 evaluate(done)
                 window.restart()
     return num_steps

@@ -72,8 +72,7 @@ class MultiLevelRoIAlign(nn.Module):
             pooled.append(
                 roi_align(
                     features[i],
-                    # The coordinates may not be rounded to a lower precision than float32: the features follow them.
-                    rois[on_level].to(features[i].dtype) if features[i].dtype == torch.float64 else rois[on_level],
+                    rois[on_level].to(torch.promote_types(features[i].dtype, torch.float32)),
                     output_size=self.output_size,
                     spatial_scale=1 / stride,
                     sampling_ratio=self.sampling_ratio,

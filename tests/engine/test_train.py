@@ -7,6 +7,7 @@ import json
 import math
 import os
 import signal
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -248,7 +249,8 @@ def test_four_images_are_learned_by_heart(shapes, tiny, tmp_path):
     """Everything between an image file and AP must be right for this."""
     content = json.loads((shapes / "annotations/train.json").read_text())
     crowds = {a["image_id"] for a in content["annotations"] if a["iscrowd"]}
-    filled = {a["image_id"] for a in content["annotations"]} - crowds
+    num_objects = Counter(a["image_id"] for a in content["annotations"])
+    filled = {i for i, n in num_objects.items() if n <= 4} - crowds
     content["images"] = [i for i in content["images"] if i["id"] in filled][:4]
     kept = {i["id"] for i in content["images"]}
     content["annotations"] = [a for a in content["annotations"] if a["image_id"] in kept]
@@ -259,7 +261,7 @@ def test_four_images_are_learned_by_heart(shapes, tiny, tmp_path):
         for s in ("train", "val")
         for key in (f"annotations={annotations}", f"images={shapes / 'train'}")
     ]
-    overrides += ["data.horizontal_flip=0", "train.steps=110", "optim.lr=3e-3", "optim.scale_lr=false"]
+    overrides += ["data.horizontal_flip=0", "train.steps=180", "optim.lr=1e-3", "optim.scale_lr=false"]
     overrides += ["optim.warmup_steps=5", "model.neck.channels=64", "model.roi_head.fc_dim=128"]
     overrides += ["model.rpn.pre_nms_top_k_train=100", "model.rpn.pre_nms_top_k_test=100"]
     overrides += ["model.roi_head.num_samples=64", "data.group_by_aspect=false", "eval.batch_size=4"]
@@ -269,14 +271,14 @@ def test_four_images_are_learned_by_heart(shapes, tiny, tmp_path):
     torch.manual_seed(0)
     data = build.load_train_data(config)
     model = build.build_model(config, len(data.categories), pretrained=False)
-    with RunLog(None, start_step=0, num_steps=110) as log:
+    with RunLog(None, start_step=0, num_steps=180) as log:
         train(
             model,
             build.build_train_loader(config, data),
             optimizer=build.build_optimizer(config, model),
-            lr_at=build.build_schedule(config, 110),
+            lr_at=build.build_schedule(config, 180),
             start_step=0,
-            num_steps=110,
+            num_steps=180,
             seed=0,
             process=Process(),
             log=log,
@@ -296,5 +298,5 @@ def test_four_images_are_learned_by_heart(shapes, tiny, tmp_path):
         process=Process(),
     )
     assert evaluated is not None
-    assert evaluated[0]["AP"] > 0.9
+    assert evaluated[0]["AP"] > 0.9, evaluated
     assert model.training
