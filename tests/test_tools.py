@@ -29,6 +29,12 @@ RUN = ("train.save_every=2", "train.accumulate=2", "train.ema_decay=0.9", "optim
 """What the run `finished` adds to `tiny`."""
 
 
+@pytest.fixture(autouse=True)
+def _in_an_empty_folder(monkeypatch, tmp_path_factory):
+    """The tools write to runs/ of the current folder, where a user may have runs already."""
+    monkeypatch.chdir(tmp_path_factory.mktemp("here"))
+
+
 @pytest.fixture(scope="module")
 def finished(tool, tiny, tmp_path_factory) -> Path:
     """Folder of a complete run of 8 steps, its console output beside it in out.txt."""
