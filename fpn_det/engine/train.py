@@ -129,7 +129,7 @@ def train(
 
 def step_seed(seed: int, step: int, rank: int) -> int:
     """The seed of one step of one process."""
-    return int(np.random.SeedSequence((seed, 3, step, rank)).generate_state(1, np.uint64)[0] >> 1)
+    return int(np.random.SeedSequence((seed, 3, step, rank)).generate_state(1, np.uint64)[0]) >> 1
 
 
 class Window:
