@@ -141,6 +141,11 @@ def interval(every: int | None, steps: int) -> int:
     return every if every is not None else min(5000, max(1, steps // 10))
 
 
+def warmup_steps(config: Config, steps: int) -> int:
+    """Steps of warm-up: as configured, but at most a tenth of the run."""
+    return min(config.optim.warmup_steps, steps // 10)
+
+
 def peak_lr(config: Config) -> float:
     """The learning rate after warm-up, scaled from `optim.base_batch_size` unless `optim.scale_lr` is off."""
     if not config.optim.scale_lr:
@@ -161,14 +166,14 @@ def build_optimizer(config: Config, model: nn.Module) -> torch.optim.Optimizer:
 
 
 def build_schedule(config: Config, steps: int) -> Callable[[int], float]:
-    """Learning rate at a step, as a function. A run of few steps spends at most a tenth of them on the warm-up."""
+    """Learning rate at a step, as a function."""
     factor = partial(
         lr_factor,
         num_steps=steps,
         schedule=config.optim.schedule,
         milestones=config.optim.milestones,
         gamma=config.optim.gamma,
-        warmup_steps=min(config.optim.warmup_steps, steps // 10),
+        warmup_steps=warmup_steps(config, steps),
         warmup_factor=config.optim.warmup_factor,
     )
     peak = peak_lr(config)

@@ -1,6 +1,7 @@
 """Detect in images: annotated copies and a file of results.
 
-    python tools/predict.py --config C --checkpoint K --input IMAGE|FOLDER --output D [--score-thresh 0.5]
+    python tools/predict.py --config C --checkpoint K --input IMAGE|FOLDER --output D
+        [--score-thresh 0.5] [key=value ...]
 
 Writes D/NAME.png per image, with the boxes that score at least the threshold, and D/predictions.json: all detections
 in COCO's results format with the category ids of the training data, plus `file_name`; `image_id` counts the images

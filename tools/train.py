@@ -186,12 +186,11 @@ def describe(
     optim, batch_size = config.optim, config.train.batch_size
     scaling = f" = {optim.lr:g} x {batch_size} / {optim.base_batch_size}" if optim.scale_lr else " (optim.scale_lr off)"
     begin = f"resuming at step {start_step} of" if start_step else "training"
-    warmup = min(optim.warmup_steps, num_steps // 10)
     return (
         f"{total / 1e6:.1f} M parameters, {trainable / 1e6:.1f} M trained\n"
         f"{begin} {num_steps:,} steps of {batch_size} images ({num_steps * batch_size / len(data):.1f} epochs) on "
         f"{process.world_size} x {process.device.type}, {config.train.precision}\n"
-        f"learning rate {build.peak_lr(config):g}{scaling}, {warmup} steps of warm-up"
+        f"learning rate {build.peak_lr(config):g}{scaling}, {build.warmup_steps(config, num_steps)} steps of warm-up"
     )
 
 
