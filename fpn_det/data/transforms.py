@@ -1,6 +1,7 @@
-"""From an image file and its boxes to a training or test sample, all on uint8 tensors.
+"""From an image file and its boxes to a training or test sample, by default all on uint8 tensors.
 
 That takes less than a third of the time of the usual path over Pillow (NOTES.md has the figures).
+Other ways of resizing are for weights that were trained on them: they reproduce the sizes and pixels of their source.
 """
 
 from __future__ import annotations
@@ -8,9 +9,10 @@ from __future__ import annotations
 import math
 import random
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal, assert_never
 
 import numpy as np
 import torch
@@ -22,6 +24,15 @@ from torchvision.io import ImageReadMode, decode_jpeg
 from fpn_det.structures import InputError, Sample
 
 IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
+
+ResizeKind = Literal["antialiased", "pillow", "float", "opencv"]
+"""How images are resized: the rounding of the size, and the interpolation, always bilinear.
+
+- `antialiased`: torch on uint8, antialiased; the nearest size.
+- `pillow`: Pillow on uint8, antialiased; Detectron2's size (`ResizeShortestEdge`).
+- `float`: torch on float32, not antialiased; the size rounded down, as torchvision's `GeneralizedRCNNTransform` does.
+- `opencv`: OpenCV's fixed-point arithmetic on uint8, not antialiased; the nearest size (MMDetection, `mmcv.imrescale`).
+"""
 
 
 def load_image(path: Path, size: tuple[int, int] | None = None) -> Tensor:
@@ -73,38 +84,85 @@ def find_images(source: Path) -> list[Path]:
     return paths
 
 
-def resized_size(size: tuple[int, int], *, short_side: int, long_side: int) -> tuple[int, int]:
+def resized_size(
+    size: tuple[int, int], *, short_side: int, long_side: int, resize: ResizeKind = "antialiased"
+) -> tuple[int, int]:
     """(h, w) such that the shorter side is `short_side`, or the longer one `long_side` if that is smaller.
 
-    Rounds to the nearest pixel, as Detectron2 and MMDetection do (torchvision rounds down).
+    Args:
+        size: (h, w) of the image in pixels.
+        short_side: wanted length of the shorter side in pixels.
+        long_side: upper bound of the longer side in pixels.
+        resize: whose arithmetic to follow. The results differ by a pixel at most.
     """
+    h, w = size
     scale = min(short_side / min(size), long_side / max(size))
-    return max(int(size[0] * scale + 0.5), 1), max(int(size[1] * scale + 0.5), 1)
+    match resize:
+        case "antialiased" | "opencv":
+            new_h, new_w = h * scale + 0.5, w * scale + 0.5
+        case "float":
+            # In float64, as torchvision since 0.16; its earlier float32 often fell a pixel short: 480x640 -> 799x1066.
+            new_h, new_w = h * scale, w * scale
+        case "pillow":
+            # Detectron2 multiplies twice where the longer side decides: halves may fall to the other side.
+            scale = short_side / min(size)
+            new_h, new_w = (short_side, scale * w) if h < w else (scale * h, short_side)
+            if max(new_h, new_w) > long_side:
+                scale = long_side / max(new_h, new_w)
+                new_h, new_w = new_h * scale, new_w * scale
+            new_h, new_w = new_h + 0.5, new_w + 0.5
+        case _:
+            assert_never(resize)
+    return max(int(new_h), 1), max(int(new_w), 1)
 
 
-def resize(sample: Sample, size: tuple[int, int]) -> Sample:
-    """The sample at `size` (h, w): antialiased bilinear on uint8, boxes scaled along."""
+def resize_to(sample: Sample, size: tuple[int, int], *, resize: ResizeKind = "antialiased") -> Sample:
+    """The sample at `size` (h, w), boxes scaled along; its image is float32 in 0..255 under `float`, else uint8."""
     h, w = sample.image.shape[1:]
+    image = sample.image.float() if resize == "float" else sample.image
     if (h, w) == size:
-        return sample
-    image = interpolate(sample.image[None], size=size, mode="bilinear", antialias=True)[0]
+        return replace(sample, image=image)
+    match resize:
+        case "antialiased" | "float":
+            image = interpolate(image[None], size=size, mode="bilinear", antialias=resize == "antialiased")[0]
+        case "pillow":
+            pixels = Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
+            image = _to_tensor(pixels.resize(size[::-1], Image.Resampling.BILINEAR))
+        case "opencv":
+            image = _resize_like_opencv(image, size)
+        case _:
+            assert_never(resize)
     old, new = (sample.boxes.new_tensor([x, y, x, y]) for y, x in ((h, w), size))
     # In this order a box that fills its image still does; w * (new / w) can exceed `new`.
-    return replace(sample, image=image, boxes=sample.boxes * new / old)
+    return _move(sample, image, lambda boxes: boxes * new / old)
 
 
 def flip_horizontally(sample: Sample) -> Sample:
     """The sample mirrored left to right."""
-    x1, y1, x2, y2 = sample.boxes.unbind(1)
     width = sample.image.shape[2]
-    return replace(sample, image=sample.image.flip(2), boxes=torch.stack([width - x2, y1, width - x1, y2], 1))
+
+    def mirror(boxes: Tensor) -> Tensor:
+        x1, y1, x2, y2 = boxes.unbind(1)
+        return torch.stack([width - x2, y1, width - x1, y2], 1)
+
+    return _move(sample, sample.image.flip(2), mirror)
 
 
 def flip_vertically(sample: Sample) -> Sample:
     """The sample mirrored top to bottom."""
-    x1, y1, x2, y2 = sample.boxes.unbind(1)
     height = sample.image.shape[1]
-    return replace(sample, image=sample.image.flip(1), boxes=torch.stack([x1, height - y2, x2, height - y1], 1))
+
+    def mirror(boxes: Tensor) -> Tensor:
+        x1, y1, x2, y2 = boxes.unbind(1)
+        return torch.stack([x1, height - y2, x2, height - y1], 1)
+
+    return _move(sample, sample.image.flip(1), mirror)
+
+
+def _move(sample: Sample, image: Tensor, move: Callable[[Tensor], Tensor]) -> Sample:
+    """The sample with another image, its boxes and fixed proposals moved along."""
+    proposals = move(sample.proposals) if sample.proposals is not None else None
+    return replace(sample, image=image, boxes=move(sample.boxes), proposals=proposals)
 
 
 class TrainTransform:
@@ -115,6 +173,7 @@ class TrainTransform:
         long_side: upper bound of the longer side in pixels.
         horizontal_flip: probability of mirroring left to right.
         vertical_flip: probability of mirroring top to bottom.
+        resize: how to resize.
     """
 
     def __init__(
@@ -124,17 +183,18 @@ class TrainTransform:
         long_side: int,
         horizontal_flip: float = 0.5,
         vertical_flip: float = 0.0,
+        resize: ResizeKind = "antialiased",
     ) -> None:
         self.short_sides = tuple(short_sides)
         self.long_side = long_side
         self.horizontal_flip = horizontal_flip
         self.vertical_flip = vertical_flip
+        self.resize: ResizeKind = resize
 
     def __call__(self, sample: Sample, rng: random.Random) -> Sample:
         """Transform a sample; the outcome depends on `rng` alone."""
         short_side = rng.choice(self.short_sides)
-        h, w = sample.image.shape[1:]
-        sample = resize(sample, resized_size((h, w), short_side=short_side, long_side=self.long_side))
+        sample = _resize(sample, short_side=short_side, long_side=self.long_side, resize=self.resize)
         if rng.random() < self.horizontal_flip:
             sample = flip_horizontally(sample)
         if rng.random() < self.vertical_flip:
@@ -148,18 +208,65 @@ class TestTransform:
     Args:
         short_side: the shorter side in pixels.
         long_side: upper bound of the longer side in pixels.
+        resize: how to resize.
+        horizontal_flip: whether to mirror left to right afterwards, for a second view of the same image.
     """
 
     __test__ = False  # not a pytest class
 
-    def __init__(self, *, short_side: int, long_side: int) -> None:
+    def __init__(
+        self,
+        *,
+        short_side: int,
+        long_side: int,
+        resize: ResizeKind = "antialiased",
+        horizontal_flip: bool = False,
+    ) -> None:
         self.short_side = short_side
         self.long_side = long_side
+        self.resize: ResizeKind = resize
+        self.horizontal_flip = horizontal_flip
 
     def __call__(self, sample: Sample, rng: random.Random) -> Sample:
         """Transform a sample; `rng` is not used."""
-        h, w = sample.image.shape[1:]
-        return resize(sample, resized_size((h, w), short_side=self.short_side, long_side=self.long_side))
+        sample = _resize(sample, short_side=self.short_side, long_side=self.long_side, resize=self.resize)
+        return flip_horizontally(sample) if self.horizontal_flip else sample
+
+
+def _resize(sample: Sample, *, short_side: int, long_side: int, resize: ResizeKind) -> Sample:
+    h, w = sample.image.shape[1:]
+    size = resized_size((h, w), short_side=short_side, long_side=long_side, resize=resize)
+    return resize_to(sample, size, resize=resize)
+
+
+def _resize_like_opencv(image: Tensor, size: tuple[int, int]) -> Tensor:
+    """(3, h, w) uint8 -> (3, *size) uint8, to the bit what `cv2.resize` with INTER_LINEAR does on a CPU.
+
+    Source: OpenCV 4 and 5, modules/imgproc/src/resize.cpp, `hal::resize` and `VResizeLinear`, less the branches that
+    change no result.
+    """
+    (left, right), columns = _opencv_weights(image.shape[2], size[1])
+    (upper, lower), rows = _opencv_weights(image.shape[1], size[0])
+    wide = image.index_select(2, left) * columns[0]
+    wide += image.index_select(2, right) * columns[1]
+    wide >>= 4
+    above = wide.index_select(1, upper) * rows[0][:, None]
+    below = wide.index_select(1, lower) * rows[1][:, None]
+    above >>= 16  # each on its own, which loses up to half a level
+    below >>= 16
+    return ((above + below + 2) >> 2).to(torch.uint8)
+
+
+def _opencv_weights(old: int, new: int) -> tuple[Tensor, Tensor]:
+    """The two source pixels of each of `new` pixels, (2, new) int64, and their weights, (2, new) int32 of 2048.
+
+    Beyond the first and the last of the `old` pixels, both are that pixel.
+    """
+    offset = ((torch.arange(new, dtype=torch.float64) + 0.5) * (old / new) - 0.5).float()
+    first = offset.floor()
+    fraction = offset - first  # of the rounded offset, as there
+    positions = torch.stack([first, first + 1]).long().clamp(0, old - 1)
+    return positions, (torch.stack([1 - fraction, fraction]) * 2048).round().int()
 
 
 def _decode(path: Path, data: bytes, *, upright: bool) -> Tensor:
@@ -179,12 +286,16 @@ def _decode_with_pillow(path: Path, *, upright: bool) -> Tensor:
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(path) as file:
                 image = ImageOps.exif_transpose(file) if upright else file
-                pixels = np.array(_to_rgb(image))
+                return _to_tensor(_to_rgb(image))
     except Exception as error:  # Pillow's decoders raise many types on broken files
         raise InputError(
             f"{path}: cannot decode the image ({type(error).__name__}: {error}); replace the file or leave it out"
         ) from error
-    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
+
+
+def _to_tensor(image: Image.Image) -> Tensor:
+    """An RGB image as (3, H, W) uint8."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

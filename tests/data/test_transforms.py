@@ -8,8 +8,9 @@ import resource
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -17,21 +18,25 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 from torch import Tensor
+from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
 from fpn_det.data import transforms
 from fpn_det.data.transforms import (
+    ResizeKind,
     TestTransform,
     TrainTransform,
     flip_horizontally,
     flip_vertically,
     load_image,
-    resize,
+    resize_to,
     resized_size,
 )
 from fpn_det.structures import InputError, Sample
 
 JPEG_LEVELS = 3
 """Decoders of JPEG may differ by rounding."""
+
+KINDS: tuple[ResizeKind, ...] = get_args(ResizeKind)
 
 
 def picture(width: int = 80, height: int = 60) -> Image.Image:
@@ -309,6 +314,68 @@ def test_the_decoder_that_crashes_is_never_used() -> None:
 )
 def test_resized_size(size: tuple[int, int], short_side: int, long_side: int, expected: tuple[int, int]) -> None:
     assert resized_size(size, short_side=short_side, long_side=long_side) == expected
+    assert resized_size(size, short_side=short_side, long_side=long_side, resize="opencv") == expected
+
+
+@pytest.mark.parametrize(
+    ("resize", "size", "expected"),
+    [
+        ("float", (480, 640), (800, 1066)),  # 1066.67
+        ("float", (427, 640), (800, 1199)),  # 1199.06
+        ("float", (1, 10_000), (1, 1333)),  # where torchvision fails
+        ("pillow", (480, 640), (800, 1067)),
+        ("pillow", (39, 78), (666, 1333)),  # 666.5 but for rounding: 800/39 and then 1333/1600, not 1333/78
+        ("antialiased", (39, 78), (667, 1333)),
+        ("opencv", (39, 78), (667, 1333)),
+        ("pillow", (1, 10_000), (1, 1333)),
+    ],
+)
+def test_resized_size_by_kind(resize: ResizeKind, size: tuple[int, int], expected: tuple[int, int]) -> None:
+    assert resized_size(size, short_side=800, long_side=1333, resize=resize) == expected
+    assert resized_size(size[::-1], short_side=800, long_side=1333, resize=resize) == expected[::-1]
+
+
+def test_float_sizes_and_boxes_are_torchvisions() -> None:
+    """The class itself decides, on one channel for speed; boxes but for the order of two roundings."""
+    oracle = GeneralizedRCNNTransform(min_size=80, max_size=133, image_mean=[0], image_std=[1]).eval()
+    rng = random.Random(0)
+    rounded_otherwise = 0
+    for _ in range(600):
+        h, w = rng.randint(20, 400), rng.randint(20, 400)
+        box = torch.tensor([[0.1 * w, 0.2 * h, 0.7 * w, 0.9 * h]])
+        image, target = oracle.resize(torch.zeros(1, h, w), {"boxes": box})
+        size = resized_size((h, w), short_side=80, long_side=133, resize="float")
+        assert size == tuple(image.shape[1:])
+        rounded_otherwise += size != resized_size((h, w), short_side=80, long_side=133)
+        before = Sample(
+            image=torch.zeros(3, h, w, dtype=torch.uint8),
+            boxes=box,
+            labels=torch.zeros(1, dtype=torch.int64),
+            image_id=0,
+            original_size=(h, w),
+        )
+        after = resize_to(before, size, resize="float")
+        torch.testing.assert_close(after.boxes, target["boxes"], rtol=2.4e-7, atol=0)
+    assert rounded_otherwise > 200
+
+
+def test_pillow_sizes_are_detectron2s() -> None:
+    """`ResizeShortestEdge.get_output_shape`, in small enough numbers to try every size where two roundings matter."""
+
+    def detectron2(h: int, w: int) -> tuple[int, int]:
+        short_side, long_side = 80.0, 133.0
+        scale = short_side / min(h, w)
+        new = [scale * h, scale * w]
+        new[0 if h < w else 1] = short_side
+        if max(new) > long_side:
+            scale = long_side / max(new)
+            new = [scale * new[0], scale * new[1]]
+        return int(new[0] + 0.5), int(new[1] + 0.5)
+
+    sizes = [(h, w) for h in range(2, 200) for w in range(2, 200) if max(h, w) < 100 * min(h, w)]
+    got = {size: resized_size(size, short_side=80, long_side=133, resize="pillow") for size in sizes}
+    assert got == {size: detectron2(*size) for size in sizes}
+    assert sum(got[size] != resized_size(size, short_side=80, long_side=133) for size in sizes) > 10
 
 
 def sample(width: int = 80, height: int = 60, boxes: list[list[float]] | None = None) -> Sample:
@@ -331,16 +398,67 @@ def same(one: Sample, other: Sample) -> bool:
     )
 
 
-@pytest.mark.parametrize("size", [(30, 40), (120, 160), (33, 101), (61, 80)])
-def test_resize_agrees_with_pillow(size: tuple[int, int]) -> None:
-    """Pillow's bilinear filter is the antialiased one; without antialiasing a checkerboard would tell."""
-    before = sample()
-    noise = torch.randint(0, 256, before.image.shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    for image in (before.image, noise):
-        expected = Image.fromarray(image.permute(1, 2, 0).numpy()).resize(size[::-1], Image.Resampling.BILINEAR)
-        after = resize(Sample(**{**fields(before), "image": image}), size)
-        assert difference(after.image, pixels(expected)) <= 1
-    h, w = size
+SIZES = [(30, 40), (120, 160), (33, 101), (61, 80), (7, 500), (1, 2), (60, 81)]
+"""To these, (60, 80) is halved, doubled, shrunk one way and stretched the other, ..."""
+
+
+def views() -> list[Sample]:
+    """Smooth colours, and noise, which tells antialiasing and every rounding."""
+    noise = torch.randint(0, 256, (3, 60, 80), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    return [sample(), Sample(**{**fields(sample()), "image": noise})]
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize(("resize", "levels"), [("antialiased", 1), ("pillow", 0)])
+def test_resize_agrees_with_pillow(resize: ResizeKind, levels: int, size: tuple[int, int]) -> None:
+    """Pillow's bilinear filter is the antialiased one; without antialiasing the noise would tell."""
+    for before in views():
+        image = Image.fromarray(before.image.permute(1, 2, 0).numpy())
+        after = resize_to(before, size, resize=resize)
+        assert difference(after.image, pixels(image.resize(size[::-1], Image.Resampling.BILINEAR))) <= levels
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_resize_equals_opencv(size: tuple[int, int]) -> None:
+    for before in views():
+        expected = cv2.resize(before.image.permute(1, 2, 0).numpy(), size[::-1], interpolation=cv2.INTER_LINEAR)
+        after = resize_to(before, size, resize="opencv")
+        assert torch.equal(after.image, torch.from_numpy(expected).permute(2, 0, 1))
+
+
+def test_resize_equals_opencv_at_random_sizes() -> None:
+    """To 1600 pixels, where OpenCV's rounding of the positions to float32 shows, and down to images of one pixel."""
+    rng = np.random.default_rng(0)
+    for _ in range(60):
+        (h, w), size = rng.integers(1, 120, 2), (int(rng.integers(1, 160)), int(rng.integers(1, 1600)))
+        image = rng.integers(0, 256, (int(h), int(w), 3), dtype=np.uint8)
+        before = Sample(**{**fields(sample()), "image": torch.from_numpy(image).permute(2, 0, 1).contiguous()})
+        after = resize_to(before, size, resize="opencv")
+        assert np.array_equal(after.image.permute(1, 2, 0).numpy(), cv2.resize(image, size[::-1])), (h, w, size)
+
+
+@pytest.mark.parametrize(("short_side", "long_side"), [(800, 1333), (47, 70), (30, 100)])
+def test_float_equals_torchvision(short_side: int, long_side: int) -> None:
+    mean, std = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
+    oracle = GeneralizedRCNNTransform(min_size=short_side, max_size=long_side, image_mean=mean, image_std=std).eval()
+    transform = TestTransform(short_side=short_side, long_side=long_side, resize="float")
+    for before in views():
+        images, _ = oracle([before.image / 255])
+        h, w = images.image_sizes[0]
+        normalized = images.tensors[0, :, :h, :w]
+        expected = 255 * (normalized * torch.tensor(std)[:, None, None] + torch.tensor(mean)[:, None, None])
+        after = transform(before, random.Random(0))
+        assert after.image.dtype == torch.float32
+        torch.testing.assert_close(after.image, expected, rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("resize", KINDS)
+@pytest.mark.parametrize("size", SIZES)
+def test_boxes_are_scaled_along(resize: ResizeKind, size: tuple[int, int]) -> None:
+    before, (h, w) = sample(), size
+    after = resize_to(before, size, resize=resize)
+    assert after.image.shape == (3, h, w)
+    assert after.image.is_contiguous()
     expected_boxes = [[0, 0, w, h], [10.5 * w / 80, 20 * h / 60, 30 * w / 80, 22.25 * h / 60]]
     torch.testing.assert_close(after.boxes, torch.tensor(expected_boxes))
     assert torch.equal(after.labels, before.labels)
@@ -351,15 +469,24 @@ def fields(s: Sample) -> dict[str, Any]:
     return {name: getattr(s, name) for name in ("image", "boxes", "labels", "image_id", "original_size")}
 
 
-def test_resize_to_the_same_size_changes_nothing() -> None:
-    assert same(resize(sample(), (60, 80)), sample())
+@pytest.mark.parametrize("resize", KINDS)
+def test_resize_to_the_same_size_changes_nothing_but_the_type(resize: ResizeKind) -> None:
+    after = resize_to(sample(), (60, 80), resize=resize)
+    dtype = torch.float32 if resize == "float" else torch.uint8
+    assert after.image.dtype == dtype
+    assert same(after, Sample(**{**fields(sample()), "image": sample().image.to(dtype)}))
 
 
 @settings(max_examples=300, deadline=None)
-@given(st.integers(1, 5000), st.integers(1, 5000), st.sampled_from(range(640, 801, 32)))
-def test_boxes_stay_within_whatever_the_rounding(height: int, width: int, short_side: int) -> None:
+@given(
+    st.integers(1, 5000),
+    st.integers(1, 5000),
+    st.sampled_from(range(640, 801, 32)),
+    st.sampled_from(get_args(ResizeKind)),
+)
+def test_boxes_stay_within_whatever_the_rounding(height: int, width: int, short_side: int, resize: ResizeKind) -> None:
     """Exactly, in float32; the picture itself is left out for speed."""
-    size = resized_size((height, width), short_side=short_side, long_side=1333)
+    size = resized_size((height, width), short_side=short_side, long_side=1333, resize=resize)
     before = Sample(
         image=torch.empty(0, height, width, dtype=torch.uint8),
         boxes=torch.tensor([[0, 0, width, height]], dtype=torch.float32),
@@ -369,7 +496,7 @@ def test_boxes_stay_within_whatever_the_rounding(height: int, width: int, short_
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(transforms, "interpolate", lambda image, size, **_: image.new_empty(1, 0, *size))
-        after = resize(before, size)
+        after = resize_to(before, size)
     assert after.boxes.tolist() == [[0, 0, size[1], size[0]]]
     for flip in (flip_horizontally, flip_vertically):
         assert flip(after).boxes.tolist() == [[0, 0, size[1], size[0]]]
@@ -391,8 +518,9 @@ def test_flips_move_pixels_and_boxes_together() -> None:
 
 @pytest.mark.parametrize("flip", [flip_horizontally, flip_vertically])
 def test_flips_are_involutions(flip: Any) -> None:
-    for before in (sample(), sample(boxes=[])):
+    for before in (sample(), sample(boxes=[]), resize_to(sample(), (60, 80), resize="float")):
         once = flip(before)
+        assert once.image.dtype == before.image.dtype
         assert not torch.equal(once.image, before.image)
         assert same(flip(once), before)
 
@@ -428,7 +556,29 @@ def test_probabilities_of_zero_and_one_are_certain(horizontal: float, vertical: 
 
 def test_the_test_transform_only_resizes() -> None:
     transform = TestTransform(short_side=45, long_side=70)
-    assert same(transform(sample(), random.Random(1)), resize(sample(), (45, 60)))
+    assert same(transform(sample(), random.Random(1)), resize_to(sample(), (45, 60)))
     wide = transform(sample(160, 40, boxes=[]), random.Random(2))
     assert wide.image.shape == (3, 18, 70)
     assert wide.boxes.shape == (0, 4)
+
+
+def test_the_mirrored_view_is_mirrored_after_resizing() -> None:
+    plain, mirrored = (TestTransform(short_side=50, long_side=90, horizontal_flip=f) for f in (False, True))
+    for before in views():
+        expected = flip_horizontally(plain(before, random.Random(1)))
+        assert same(mirrored(before, random.Random(1)), expected)
+        assert not torch.equal(expected.image, plain(before, random.Random(1)).image)
+
+
+@pytest.mark.parametrize("resize", KINDS)
+def test_the_transforms_resize_as_told(resize: ResizeKind) -> None:
+    """Noise, so that no other kind gives these pixels; at 666.5, so that the roundings of the size differ too."""
+    before = Sample(**{**fields(sample()), "image": torch.randint(0, 256, (3, 39, 78), dtype=torch.uint8)})
+    size = resized_size((39, 78), short_side=800, long_side=1333, resize=resize)
+    expected = resize_to(before, size, resize=resize)
+    train = TrainTransform(short_sides=(800,), long_side=1333, horizontal_flip=0, resize=resize)
+    test = TestTransform(short_side=800, long_side=1333, resize=resize)
+    assert same(train(before, random.Random(0)), expected)
+    assert same(test(before, random.Random(0)), expected)
+    for other in set(KINDS) - {resize}:
+        assert not torch.equal(resize_to(before, size, resize=other).image.float(), expected.image.float())
