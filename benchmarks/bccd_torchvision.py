@@ -35,7 +35,7 @@ from fpn_det.build import (
     load_val_data,
     num_steps,
 )
-from fpn_det.config import Config, load_config
+from fpn_det.config import Config, ConvFcConfig, FpnConfig, load_config
 from fpn_det.engine.coco_eval import format_table, score
 from fpn_det.engine.evaluate import to_coco_results
 from fpn_det.structures import Batch, Categories, Detections
@@ -44,11 +44,14 @@ from fpn_det.structures import Batch, Categories, Detections
 def build_torchvision(config: Config, num_classes: int) -> FasterRCNN:
     """torchvision's detector with the body and widths of `config`; label 0 is its background."""
     model, backbone = config.model, config.model.backbone
+    neck, box_head = model.neck, model.roi_head.box_head
+    assert isinstance(neck, FpnConfig)
+    assert isinstance(box_head, ConvFcConfig)
     body = getattr(resnet, backbone.name)(weights=None, norm_layer=torch.nn.BatchNorm2d)
     channels = [body.inplanes // 8 * 2**i for i in range(4)]
     layers = {f"layer{i + 1}": str(i) for i in range(4)}
-    fpn = BackboneWithFPN(body, layers, channels, model.neck.channels)
-    fc_dim, pool_size = model.roi_head.fc_dim, model.roi_head.pool_size
+    fpn = BackboneWithFPN(body, layers, channels, neck.channels)
+    fc_dim, pool_size = box_head.fc_dim, model.roi_head.pool_size
     return FasterRCNN(
         fpn,
         min_size=config.data.test_short_side,
@@ -56,7 +59,7 @@ def build_torchvision(config: Config, num_classes: int) -> FasterRCNN:
         image_mean=[m / 255 for m in model.pixel_mean],
         image_std=[s / 255 for s in model.pixel_std],
         rpn_anchor_generator=AnchorGenerator(
-            tuple((s,) for s in model.anchors.sizes), (model.anchors.ratios,) * len(model.anchors.sizes)
+            tuple(model.anchors.level_sizes), (model.anchors.ratios,) * len(model.anchors.sizes)
         ),
         rpn_batch_size_per_image=model.rpn.num_samples,
         box_batch_size_per_image=model.roi_head.num_samples,
@@ -67,7 +70,7 @@ def build_torchvision(config: Config, num_classes: int) -> FasterRCNN:
             canonical_scale=model.roi_head.canonical_size,
             canonical_level=model.roi_head.canonical_level,
         ),
-        box_head=TwoMLPHead(model.neck.channels * pool_size**2, fc_dim),
+        box_head=TwoMLPHead(neck.channels * pool_size**2, fc_dim),
         box_predictor=FastRCNNPredictor(fc_dim, num_classes + 1),
     )
 

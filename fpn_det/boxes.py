@@ -7,12 +7,16 @@ beyond 2048 and 256 respectively.
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 MAX_LOG_SCALE = math.log(1000 / 16)
 """Upper bound of the predicted log width and height ratio (Detectron's choice: a 16-pixel anchor grows to 1000)."""
+
+DeltaClamp = Literal["upper", "both"]
+"""Whether dw and dh are bounded from above only, or by `-MAX_LOG_SCALE` from below too (MMDetection)."""
 
 Weights = tuple[float, float, float, float]
 
@@ -35,13 +39,20 @@ def encode(boxes: Tensor, reference: Tensor, weights: Weights = (1.0, 1.0, 1.0, 
     return deltas * deltas.new_tensor(weights)
 
 
-def decode(deltas: Tensor, reference: Tensor, weights: Weights = (1.0, 1.0, 1.0, 1.0)) -> Tensor:
+def decode(
+    deltas: Tensor,
+    reference: Tensor,
+    weights: Weights = (1.0, 1.0, 1.0, 1.0),
+    *,
+    delta_clamp: DeltaClamp = "upper",
+) -> Tensor:
     """Inverse of `encode`, with dw and dh clamped at `MAX_LOG_SCALE`.
 
     Args:
         deltas: (..., 4) (dx, dy, dw, dh).
         reference: (..., 4) XYXY anchors or RoIs, broadcastable to `deltas`.
         weights: as given to `encode`.
+        delta_clamp: on which sides dw and dh are clamped.
 
     Returns:
         (..., 4) float32 XYXY boxes, not clipped.
@@ -50,7 +61,8 @@ def decode(deltas: Tensor, reference: Tensor, weights: Weights = (1.0, 1.0, 1.0,
     deltas = deltas / deltas.new_tensor(weights)
     ref_size = reference[..., 2:] - reference[..., :2]
     center = reference[..., :2] + 0.5 * ref_size + deltas[..., :2] * ref_size
-    half = 0.5 * ref_size * torch.exp(deltas[..., 2:].clamp(max=MAX_LOG_SCALE))
+    min_log_scale = -MAX_LOG_SCALE if delta_clamp == "both" else None
+    half = 0.5 * ref_size * torch.exp(deltas[..., 2:].clamp(min=min_log_scale, max=MAX_LOG_SCALE))
     return torch.cat([center - half, center + half], dim=-1)
 
 

@@ -7,29 +7,41 @@ A new backbone or neck is added in three places: its class, its section in `conf
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
-from typing import Any, assert_never
+from pathlib import Path
+from typing import Any, Literal, assert_never
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from fpn_det.config import Config
+from fpn_det.config import (
+    AnyRoiHeadConfig,
+    CascadeConfig,
+    Config,
+    ConvFcConfig,
+    FpnConfig,
+    PafpnConfig,
+    Res5Config,
+    RoiHeadConfig,
+    SingleLevelConfig,
+)
 from fpn_det.data.coco import CocoAnnotations, format_problems, load_coco
 from fpn_det.data.loader import DetectionDataset, TestSampler, TrainSampler, make_loader
+from fpn_det.data.proposals import FixedProposals, read_proposals
 from fpn_det.data.transforms import TestTransform, TrainTransform
-from fpn_det.engine.coco_eval import Metrics, read_ground_truth
+from fpn_det.engine.coco_eval import Metrics, ProposalMetrics, read_ground_truth
 from fpn_det.engine.distributed import Process
-from fpn_det.engine.evaluate import evaluate
+from fpn_det.engine.evaluate import View, evaluate, evaluate_proposals
 from fpn_det.engine.optim import lr_factor, make_optimizer, scaled_lr
 from fpn_det.models.anchors import Anchors
 from fpn_det.models.backbone import ResNet, read_classifier
-from fpn_det.models.faster_rcnn import FasterRCNN
-from fpn_det.models.fpn import FPN
-from fpn_det.models.roi_head import RoIHead, TwoFCHead
+from fpn_det.models.faster_rcnn import Detector, FasterRCNN, FastRCNN, ProposalNetwork
+from fpn_det.models.fpn import FPN, PAFPN, SingleLevel
+from fpn_det.models.roi_head import CascadeRoIHead, ConvFCHead, Res5Head, RoIHead
 from fpn_det.models.roi_pool import MultiLevelRoIAlign
-from fpn_det.models.rpn import RPN, RPNHead
+from fpn_det.models.rpn import RPN, RPNHead, UnsharedRPNHead
 from fpn_det.structures import Categories, InputError, Sample
 
 
@@ -37,8 +49,10 @@ def load_train_data(config: Config) -> CocoAnnotations:
     """The training annotations, checked against the config.
 
     Raises:
-        InputError: what `load_coco` raises, no image left to train on, or a contradicting `model.num_classes`.
+        InputError: what `load_coco` raises, no image left to train on, or a contradicting `model.num_classes` or
+            `data.train.proposals`.
     """
+    check_proposals(config, "train")
     split = config.data.train
     data = load_coco(split.annotations, split.images, on_error=config.data.on_error)
     check_num_classes(config, data.categories)
@@ -57,8 +71,10 @@ def load_val_data(config: Config) -> CocoAnnotations:
     """The validation annotations: every image, with or without boxes.
 
     Raises:
-        InputError: what `load_coco` raises, or what the evaluation would refuse after the training.
+        InputError: what `load_coco` raises, what the evaluation would refuse after the training, or a contradicting
+            `data.val.proposals`.
     """
+    check_proposals(config, "val")
     split = config.data.val
     data = load_coco(split.annotations, split.images, on_error="drop")
     read_ground_truth(split.annotations)
@@ -74,6 +90,27 @@ def check_num_classes(config: Config, categories: Categories) -> None:
         )
 
 
+def check_proposals(config: Config, split: Literal["train", "val"]) -> None:
+    """Refuse fast_rcnn without a file of proposals, and the other kinds, which propose themselves, with one."""
+    given, needed = getattr(config.data, split).proposals, config.model.kind == "fast_rcnn"
+    if needed and given is None:
+        raise InputError(
+            f"data.{split}.proposals is not set, but model.kind fast_rcnn has no RPN. Make the file from a trained rpn "
+            "or faster_rcnn, and set the key to it: python tools/proposals.py --config RPN.yaml --checkpoint RPN.pth "
+            f"--split {split} --output {split}_proposals.npz"
+        )
+    if given is not None and not needed:
+        raise InputError(
+            f"data.{split}.proposals is {given}, but model.kind {config.model.kind} makes its own proposals; remove "
+            "the key, or set model.kind to fast_rcnn"
+        )
+
+
+def load_proposals(path: Path | None) -> FixedProposals | None:
+    """The fixed proposals of a split, if it has some."""
+    return read_proposals(path) if path is not None else None
+
+
 def build_train_loader(
     config: Config, data: CocoAnnotations, *, start_step: int = 0, process: Process | None = None
 ) -> DataLoader[Sample]:
@@ -84,6 +121,7 @@ def build_train_loader(
         long_side=config.data.long_side,
         horizontal_flip=config.data.horizontal_flip,
         vertical_flip=config.data.vertical_flip,
+        resize=config.data.resize,
     )
     parts = process.world_size * config.train.accumulate
     if config.train.batch_size % parts:
@@ -102,30 +140,60 @@ def build_train_loader(
         group_by_aspect=config.data.group_by_aspect,
     )
     return make_loader(
-        DetectionDataset(data, transform),
+        DetectionDataset(data, transform, load_proposals(config.data.train.proposals)),
         sampler,
         num_workers=config.data.num_workers,
         pin_memory=process.device.type == "cuda",
     )
 
 
-def build_val_loader(config: Config, data: CocoAnnotations, *, process: Process | None = None) -> DataLoader[Sample]:
-    """Batches of this process' share of the validation images, each image once over all processes."""
+def build_val_loader(
+    config: Config, data: CocoAnnotations, *, process: Process | None = None, transform: TestTransform | None = None
+) -> DataLoader[Sample]:
+    """Batches of this process' share of the validation images, each image once over all processes.
+
+    What happens to the images is `transform`, by default `build_test_transform`.
+    """
     process = process or Process()
     sampler = TestSampler(
         data.sizes, batch_size=config.eval.batch_size, rank=process.rank, world_size=process.world_size
     )
     return make_loader(
-        DetectionDataset(data, build_test_transform(config)),
+        DetectionDataset(
+            data, transform or build_test_transform(config), load_proposals(config.data.val.proposals)
+        ),
         sampler,
         num_workers=config.data.num_workers,
         pin_memory=process.device.type == "cuda",
     )
 
 
+def build_val_views(config: Config, data: CocoAnnotations, *, process: Process | None = None) -> Iterator[View]:
+    """This process' share of the validation images in each view of `build_test_transforms`, one after the other."""
+    for transform in build_test_transforms(config):  # lazily: each loader has workers of its own
+        batches = build_val_loader(config, data, process=process, transform=transform)
+        yield View(batches=batches, flipped=transform.horizontal_flip)
+
+
 def build_test_transform(config: Config) -> TestTransform:
     """What happens to an image before detection."""
-    return TestTransform(short_side=config.data.test_short_side, long_side=config.data.long_side)
+    return TestTransform(
+        short_side=config.data.test_short_side, long_side=config.data.long_side, resize=config.data.resize
+    )
+
+
+def build_test_transforms(config: Config) -> list[TestTransform]:
+    """The views of an image whose detections are merged: those of `eval.tta`, or `build_test_transform` alone."""
+    tta = config.eval.tta
+    if tta is None:
+        return [build_test_transform(config)]
+    if config.model.kind == "rpn":
+        raise InputError("eval.tta merges detections, but model.kind rpn gives proposals; set eval.tta=none")
+    return [
+        TestTransform(short_side=side, long_side=tta.long_side, resize=config.data.resize, horizontal_flip=flip)
+        for side in tta.short_sides
+        for flip in ((False, True) if tta.horizontal_flip else (False,))
+    ]
 
 
 def num_steps(config: Config, num_images: int) -> int:
@@ -180,7 +248,7 @@ def build_schedule(config: Config, steps: int) -> Callable[[int], float]:
     return lambda step: peak * factor(step)
 
 
-def build_model(config: Config, num_classes: int, *, pretrained: bool) -> FasterRCNN:
+def build_model(config: Config, num_classes: int, *, pretrained: bool) -> Detector:
     """The detector.
 
     Args:
@@ -192,81 +260,207 @@ def build_model(config: Config, num_classes: int, *, pretrained: bool) -> Faster
         InputError: the backbone weights cannot be had or do not fit.
     """
     model = config.model
-    backbone = build_backbone(config, pretrained=pretrained)
+    weights = None
+    if pretrained and model.backbone.weights is not None:
+        weights = read_classifier(model.backbone.name, model.backbone.weights)
+    backbone = build_backbone(config)
     neck = build_neck(config, backbone)
+    if weights is not None:
+        load_pretrained(backbone, weights, config)
+    parts: dict[str, Any] = {
+        "backbone": backbone,
+        "neck": neck,
+        "pixel_mean": model.pixel_mean,
+        "pixel_std": model.pixel_std,
+    }
+    match model.kind:
+        case "faster_rcnn":
+            rpn = build_rpn(config, neck)
+            return FasterRCNN(**parts, rpn=rpn, roi_head=build_roi_head(config, neck, num_classes, weights))
+        case "rpn":
+            return ProposalNetwork(**parts, rpn=build_rpn(config, neck))
+        case "fast_rcnn":
+            return FastRCNN(**parts, roi_head=build_roi_head(config, neck, num_classes, weights))
+        case _:
+            assert_never(model.kind)
+
+
+def build_backbone(config: Config) -> ResNet:
+    """The body, without weights."""
+    backbone, neck = config.model.backbone, config.model.neck
+    match backbone.kind:
+        case "resnet":
+            return ResNet(
+                name=backbone.name,
+                norm=backbone.norm,
+                norm_eps=backbone.norm_eps,
+                frozen_stages=backbone.frozen_stages,
+                stride_in_1x1=backbone.stride_in_1x1,
+                last_stage=neck.stage if isinstance(neck, SingleLevelConfig) else 5,
+            )
+        case _:
+            assert_never(backbone.kind)
+
+
+def load_pretrained(module: ResNet | Res5Head, weights: dict[str, Tensor], config: Config) -> None:
+    """Load `module` from the weights of a classifier."""
+    try:
+        module.load_classifier(weights)
+    except ValueError as error:
+        raise InputError(f"model.backbone.weights {config.model.backbone.weights}: {error}") from error
+
+
+def build_neck(config: Config, backbone: ResNet) -> FPN | PAFPN | SingleLevel:
+    """What stands between `backbone` and the heads."""
+    neck = config.model.neck
+    match neck:
+        case FpnConfig():
+            return FPN(
+                in_channels=backbone.channels,
+                channels=neck.channels,
+                strides=backbone.strides,
+                top_down=neck.top_down,
+                lateral=neck.lateral,
+                upsample=neck.upsample,
+                smooth_top=neck.smooth_top,
+                norm=neck.norm,
+                finest_only=neck.finest_only,
+            )
+        case PafpnConfig():
+            return PAFPN(
+                in_channels=backbone.channels,
+                channels=neck.channels,
+                strides=backbone.strides,
+                upsample=neck.upsample,
+                smooth_top=neck.smooth_top,
+                norm=neck.norm,
+            )
+        case SingleLevelConfig():
+            return SingleLevel(in_channels=backbone.channels, strides=backbone.strides)
+        case _:
+            assert_never(neck)
+
+
+def build_rpn(config: Config, neck: FPN | PAFPN | SingleLevel) -> RPN:
+    """The region proposal network on top of `neck`."""
+    model = config.model
     anchors = Anchors(
-        sizes=model.anchors.sizes, ratios=model.anchors.ratios, strides=neck.strides, rounded=model.anchors.rounded
+        sizes=model.anchors.level_sizes,
+        ratios=model.anchors.ratios,
+        strides=neck.strides,
+        rounded=model.anchors.rounded,
+        inferred_strides=model.anchors.inferred_strides,
     )
-    rpn_options = model.rpn.model_dump()
-    rpn = RPN(
-        head=RPNHead(channels=model.neck.channels, num_anchors=anchors.num_ratios), anchors=anchors, **rpn_options
+    heads = [
+        RPNHead(
+            in_channels=neck.channels,
+            channels=model.rpn.channels,
+            num_convs=model.rpn.num_convs,
+            num_anchors=anchors.num_per_location,
+        )
+        for _ in range(1 if model.rpn.shared_head else len(neck.strides))
+    ]
+    return RPN(
+        head=heads[0] if model.rpn.shared_head else UnsharedRPNHead(heads),
+        anchors=anchors,
+        delta_clamp=model.delta_clamp,
+        **model.rpn.model_dump(exclude={"channels", "num_convs", "shared_head"}),
     )
-    head = model.roi_head
-    pooler = MultiLevelRoIAlign(
-        strides=backbone.strides,
+
+
+def build_roi_head(
+    config: Config, neck: FPN | PAFPN | SingleLevel, num_classes: int, weights: dict[str, Tensor] | None
+) -> RoIHead | CascadeRoIHead:
+    """The second stage on top of `neck`; `weights` of a classifier serve a head that is the body's last stage."""
+    head = config.model.roi_head
+    shared = {"num_classes": num_classes, "delta_clamp": config.model.delta_clamp} | head.model_dump(
+        include={
+            "background_rows",
+            "num_samples",
+            "positive_fraction",
+            "class_agnostic",
+            "box_loss",
+            "smooth_l1_beta",
+            "box_loss_weight",
+            "score_thresh",
+            "nms_thresh",
+            "detections_per_image",
+            "min_size",
+        }
+    )
+    match head:
+        case RoiHeadConfig():
+            return RoIHead(
+                pooler=build_pooler(head, neck),
+                box_head=build_box_head(config, neck, weights),
+                positive_iou=head.positive_iou,
+                box_weights=head.box_weights,
+                **shared,
+            )
+        case CascadeConfig():
+            stages = [
+                RoIHead(
+                    pooler=build_pooler(head, neck),
+                    box_head=build_box_head(config, neck, weights),
+                    positive_iou=stage.positive_iou,
+                    box_weights=stage.box_weights,
+                    **shared,
+                )
+                for stage in head.stages
+            ]
+            return CascadeRoIHead(stages=stages, loss_weights=[stage.loss_weight for stage in head.stages])
+        case _:
+            assert_never(head)
+
+
+def build_pooler(head: AnyRoiHeadConfig, neck: FPN | PAFPN | SingleLevel) -> MultiLevelRoIAlign:
+    """RoIAlign over the levels of `neck` that RoIs are pooled from."""
+    return MultiLevelRoIAlign(
+        strides=neck.roi_strides,
         output_size=head.pool_size,
         sampling_ratio=head.sampling_ratio,
         aligned=head.aligned,
         canonical_level=head.canonical_level,
         canonical_size=head.canonical_size,
-    )
-    roi_head = RoIHead(
-        pooler=pooler,
-        box_head=TwoFCHead(in_channels=model.neck.channels, pool_size=head.pool_size, fc_dim=head.fc_dim),
-        fc_dim=head.fc_dim,
-        num_classes=num_classes,
-        positive_iou=head.positive_iou,
-        num_samples=head.num_samples,
-        positive_fraction=head.positive_fraction,
-        class_agnostic=head.class_agnostic,
-        box_weights=head.box_weights,
-        smooth_l1_beta=head.smooth_l1_beta,
-        score_thresh=head.score_thresh,
-        nms_thresh=head.nms_thresh,
-        detections_per_image=head.detections_per_image,
-        min_size=head.min_size,
-    )
-    return FasterRCNN(
-        backbone=backbone,
-        neck=neck,
-        rpn=rpn,
-        roi_head=roi_head,
-        pixel_mean=model.pixel_mean,
-        pixel_std=model.pixel_std,
+        level_eps=head.level_eps,
+        level_bias=head.level_bias,
     )
 
 
-def build_backbone(config: Config, *, pretrained: bool) -> ResNet:
-    """The body, with its ImageNet weights if `pretrained` and the config names some."""
-    backbone = config.model.backbone
-    match backbone.kind:
-        case "resnet":
-            body = ResNet(name=backbone.name, norm=backbone.norm, frozen_stages=backbone.frozen_stages)
+def build_box_head(
+    config: Config, neck: FPN | PAFPN | SingleLevel, weights: dict[str, Tensor] | None
+) -> ConvFCHead | Res5Head:
+    """The layers between pooling and prediction."""
+    head, backbone = config.model.roi_head, config.model.backbone
+    match head.box_head:
+        case ConvFcConfig() as layers:
+            return ConvFCHead(
+                in_channels=neck.channels,
+                pool_size=head.pool_size,
+                num_convs=layers.num_convs,
+                conv_channels=layers.conv_channels,
+                num_fcs=layers.num_fcs,
+                fc_dim=layers.fc_dim,
+                norm=layers.norm,
+            )
+        case Res5Config():
+            res5 = Res5Head(
+                name=backbone.name,
+                norm=backbone.norm,
+                norm_eps=backbone.norm_eps,
+                stride_in_1x1=backbone.stride_in_1x1,
+            )
+            if weights is not None:
+                load_pretrained(res5, weights, config)
+            return res5
         case _:
-            assert_never(backbone.kind)
-    if pretrained and backbone.weights is not None:
-        weights = read_classifier(backbone.name, backbone.weights)
-        try:
-            body.load_classifier(weights)
-        except ValueError as error:
-            raise InputError(f"model.backbone.weights {backbone.weights}: {error}") from error
-    return body
-
-
-def build_neck(config: Config, backbone: ResNet) -> FPN:
-    """The feature pyramid on top of `backbone`."""
-    neck = config.model.neck
-    match neck.kind:
-        case "fpn":
-            return FPN(in_channels=backbone.channels, channels=neck.channels, strides=backbone.strides)
-        case _:
-            assert_never(neck.kind)
+            assert_never(head.box_head)
 
 
 def evaluate_model(
     config: Config,
-    model: FasterRCNN,
-    batches: DataLoader[Sample],
+    model: Detector,
+    views: Iterable[View],
     categories: Categories,
     *,
     process: Process,
@@ -274,11 +468,26 @@ def evaluate_model(
     """Metrics and detections of `model` on the validation images (collective); see `engine.evaluate.evaluate`."""
     return evaluate(
         model,
-        batches,
+        views,
         annotations=config.data.val.annotations,
         categories=categories,
         backend=config.eval.backend,
+        nms_thresh=config.model.roi_head.nms_thresh,
         max_detections=config.model.roi_head.detections_per_image,
+        precision=config.train.precision,
+        process=process,
+    )
+
+
+def evaluate_model_proposals(
+    config: Config, model: Detector, batches: DataLoader[Sample], *, process: Process
+) -> ProposalMetrics | None:
+    """Recall of the proposals of `model` on the validation images (collective)."""
+    return evaluate_proposals(
+        model,
+        batches,
+        annotations=config.data.val.annotations,
+        backend=config.eval.backend,
         precision=config.train.precision,
         process=process,
     )

@@ -3,7 +3,8 @@
 Every default below belongs to one recipe, the 1x schedule of Faster R-CNN with ResNet-50 and FPN on COCO
 (arXiv 1612.03144 with the settings of Detectron2), so that a YAML file states only what differs from it.
 
-To add a choice: a field here, an argument of the class that needs it, and one line in `fpn_det.build`.
+To add a choice: a field here, an argument of the class that needs it, and one line in `fpn_det.build`. To add an
+alternative class: a section with a `kind` of its own, a member of the union, and a `case` in `fpn_det.build`.
 """
 
 from __future__ import annotations
@@ -11,15 +12,17 @@ from __future__ import annotations
 import difflib
 import json
 import re
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
 import yaml
 from pydantic import (
     BaseModel,
     ConfigDict,
+    Discriminator,
     Field,
+    Tag,
     ValidationError,
     ValidationInfo,
     field_validator,
@@ -49,6 +52,18 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
 
 
+def _kind(default: str) -> Discriminator:
+    """Tells the members of a union apart by their `kind`, which a file need not state if it is the default."""
+
+    def kind(value: Any) -> Any:
+        return value.get("kind", default) if isinstance(value, dict) else getattr(value, "kind", None)
+
+    return Discriminator(kind)
+
+
+Norm = Literal["frozen_bn", "bn", "sync_bn", "gn"]
+
+
 class BackboneConfig(Section):
     """The body whose stages C2..C5 feed the neck."""
 
@@ -56,21 +71,29 @@ class BackboneConfig(Section):
     """Family of the body."""
     name: Literal[
         "resnet18",
+        "resnet26",
         "resnet34",
         "resnet50",
         "resnet101",
         "resnet152",
         "resnext50_32x4d",
+        "resnext101_32x4d",
         "resnext101_32x8d",
         "resnext101_64x4d",
+        "wide_resnet50_2",
+        "wide_resnet101_2",
     ] = "resnet50"
-    """Torchvision's name of the body."""
+    """Torchvision's name of the body; resnet26 (bottlenecks 2-2-2-2) and resnext101_32x4d have no weights there."""
     weights: Annotated[str, Field(min_length=1)] | None = "IMAGENET1K_V1"
     """Torchvision's name of pretrained weights, the path of a local .pth file, or none to start from scratch."""
-    norm: Literal["frozen_bn", "bn", "sync_bn", "gn"] = "frozen_bn"
+    norm: Norm = "frozen_bn"
     """Normalisation: batch norm with frozen statistics, trained, synchronised over processes, or group norm."""
+    norm_eps: NonNegative = 1e-5
+    """Added to the variance; 0 for torchvision's published detectors."""
     frozen_stages: Annotated[int, Field(ge=0, le=5)] = 2
     """How many stages are not trained: 0 none, 1 the stem, 2 the stem and layer1, up to 5 all."""
+    stride_in_1x1: bool = False
+    """Stride in the first 1x1 convolution of a stage instead of the 3x3, as the weights of MSRA expect."""
 
     @model_validator(mode="after")
     def _scratch_can_learn(self) -> Self:
@@ -85,34 +108,122 @@ class BackboneConfig(Section):
                 f"weights is none and frozen_stages is {self.frozen_stages}, which would freeze random layers:"
                 " set frozen_stages to 0, or give weights"
             )
+        if self.stride_in_1x1 and self.name in ("resnet18", "resnet34"):
+            reasons.append(f"stride_in_1x1 is true, but the blocks of {self.name} have no 1x1 convolution: remove it")
         if reasons:
             raise ValueError("; ".join(reasons))
         return self
 
 
-class NeckConfig(Section):
-    """The feature pyramid P2..P6."""
+class PyramidConfig(Section):
+    """What the feature pyramids P2..P6 share."""
+
+    channels: Count = 256
+    """Channels of every level."""
+    upsample: Literal["nearest", "bilinear", "deconv", "pixel_shuffle"] = "nearest"
+    """How a coarse level is brought to the size of the finer one."""
+    smooth_top: bool = True
+    """A 3x3 convolution on the coarsest level too."""
+    norm: Norm | None = None
+    """Normalisation after each convolution; none has a bias instead."""
+
+
+class FpnConfig(PyramidConfig):
+    """The feature pyramid of FPN, and the rows of the paper's ablation."""
 
     kind: Literal["fpn"] = "fpn"
     """Family of the neck."""
-    channels: Count = 256
-    """Channels of every level."""
+    top_down: bool = True
+    """Add the upsampled coarser level; off is the paper's row (d)."""
+    lateral: bool = True
+    """Let each level have features of its own; off is the paper's row (e)."""
+    finest_only: bool = False
+    """Keep nothing but P2, with the anchors of all sizes on it; on is the paper's row (f)."""
+
+    @model_validator(mode="after")
+    def _something_flows(self) -> Self:
+        if not self.top_down and not (self.lateral and not self.finest_only):
+            raise ValueError(
+                "top_down false goes with lateral true and finest_only false only: nothing else is a pyramid"
+            )
+        return self
+
+
+class PafpnConfig(PyramidConfig):
+    """A feature pyramid with a second, bottom-up path (PANet)."""
+
+    kind: Literal["pafpn"] = "pafpn"
+    """Family of the neck."""
+
+
+class SingleLevelConfig(Section):
+    """No pyramid: one stage of the body, as in detectors before FPN."""
+
+    kind: Literal["single"] = "single"
+    """Family of the neck."""
+    stage: Literal[4, 5] = 4
+    """Which stage: C4, where the body then ends, or C5."""
+
+
+NeckConfig = Annotated[
+    Annotated[FpnConfig, Tag("fpn")]
+    | Annotated[PafpnConfig, Tag("pafpn")]
+    | Annotated[SingleLevelConfig, Tag("single")],
+    _kind("fpn"),
+]
 
 
 class AnchorConfig(Section):
     """The boxes that the region proposal network starts from."""
 
-    sizes: Annotated[tuple[Positive, ...], Field(min_length=5, max_length=5)] = (32, 64, 128, 256, 512)
-    """Square root of the anchor area in pixels, one per level P2..P6."""
+    sizes: Annotated[
+        tuple[Positive | Annotated[tuple[Positive, ...], Field(min_length=1)], ...], Field(min_length=1)
+    ] = (32, 64, 128, 256, 512)
+    """Square root of the anchor area in pixels: a number or a list of equal length per level, P2..P6 of a pyramid."""
     ratios: Annotated[tuple[Positive, ...], Field(min_length=1)] = (0.5, 1, 2)
     """Height / width of the anchors at every location."""
     rounded: bool = False
     """Round the half sizes to whole pixels, as torchvision's weights expect."""
+    inferred_strides: bool = False
+    """Grid with torchvision's strides, padded image side / level side rounded down, as its weights expect."""
+
+    @property
+    def level_sizes(self) -> list[tuple[float, ...]]:
+        """The sizes of each level as a list."""
+        return [level if isinstance(level, tuple) else (level,) for level in self.sizes]
+
+    @field_validator("sizes")
+    @classmethod
+    def _as_many_everywhere(cls, value: tuple[float | tuple[float, ...], ...]) -> tuple[float | tuple[float, ...], ...]:
+        counts = [len(level) if isinstance(level, tuple) else 1 for level in value]
+        if len(set(counts)) > 1:
+            raise ValueError(f"must give every level as many sizes, received {counts}: one head serves all levels")
+        return value
 
 
-class RpnConfig(Section):
+BoxWeights = tuple[Positive, Positive, Positive, Positive]
+
+
+class BoxLossConfig(Section):
+    """What the two stages share: how predicted boxes are compared with the ground truth."""
+
+    box_loss: Literal["smooth_l1", "giou", "diou", "ciou"] = "smooth_l1"
+    """Smooth L1 on the deltas, or an IoU-type loss on the boxes."""
+    smooth_l1_beta: NonNegative = 0.0
+    """Where smooth L1 turns from quadratic to linear; 0 is plain L1."""
+    box_loss_weight: Positive = 1.0
+    """Factor of the box loss; IoU-type losses are commonly weighted by 10 in the second stage."""
+
+
+class RpnConfig(BoxLossConfig):
     """The region proposal network."""
 
+    channels: Count | None = None
+    """Channels of the head's 3x3 convolutions; none takes those of the neck."""
+    num_convs: Count = 1
+    """3x3 convolutions of the head."""
+    shared_head: bool = True
+    """One head for all levels instead of one for each."""
     positive_iou: PositiveFraction = 0.7
     """Anchors that overlap a ground-truth box at least this much are positive."""
     negative_iou: Fraction = 0.3
@@ -123,8 +234,6 @@ class RpnConfig(Section):
     """Anchors sampled per image for the losses."""
     positive_fraction: Fraction = 0.5
     """Largest share of positives among them."""
-    smooth_l1_beta: NonNegative = 0.0
-    """Where the box loss turns from quadratic to linear; 0 is plain L1."""
     pre_nms_top_k_train: Count = 2000
     """Proposals per level and image kept before NMS, while training."""
     pre_nms_top_k_test: Count = 1000
@@ -148,11 +257,38 @@ class RpnConfig(Section):
         return self
 
 
-class RoiHeadConfig(Section):
-    """The second stage: pooling, classification and box regression of the proposals."""
+class ConvFcConfig(Section):
+    """3x3 convolutions, then fully connected layers."""
 
-    positive_iou: PositiveFraction = 0.5
-    """RoIs that overlap a ground-truth box at least this much are positive, all others background."""
+    kind: Literal["conv_fc"] = "conv_fc"
+    """Family of the box head."""
+    num_convs: NonNegativeInt = 0
+    """3x3 convolutions before the fully connected layers."""
+    conv_channels: Count = 256
+    """Their channels."""
+    num_fcs: Count = 2
+    """Fully connected layers."""
+    fc_dim: Count = 1024
+    """Their width."""
+    norm: Norm | None = None
+    """Normalisation after each convolution; none has a bias instead."""
+
+
+class Res5Config(Section):
+    """The last stage of the body, applied to each RoI of C4; pool_size 14 is common."""
+
+    kind: Literal["res5"] = "res5"
+    """Family of the box head."""
+
+
+BoxHeadConfig = Annotated[
+    Annotated[ConvFcConfig, Tag("conv_fc")] | Annotated[Res5Config, Tag("res5")], _kind("conv_fc")
+]
+
+
+class SharedRoiHeadConfig(BoxLossConfig):
+    """What both kinds of second stage have."""
+
     num_samples: Count = 512
     """RoIs sampled per image for the losses."""
     positive_fraction: Fraction = 0.25
@@ -167,14 +303,14 @@ class RoiHeadConfig(Section):
     """Level k0 that a RoI of `canonical_size` is pooled from (clamped to P2..P5)."""
     canonical_size: Positive = 224
     """Square root of the area, in pixels, of the RoI that belongs to `canonical_level`."""
-    fc_dim: Count = 1024
-    """Width of the two fully connected layers."""
-    class_agnostic: bool = False
-    """Predict one box per RoI instead of one per class."""
-    box_weights: tuple[Positive, Positive, Positive, Positive] = (10, 10, 5, 5)
-    """Multipliers of the targets (dx, dy, dw, dh)."""
-    smooth_l1_beta: NonNegative = 0.0
-    """Where the box loss turns from quadratic to linear; 0 is plain L1."""
+    level_eps: NonNegative = 0.0
+    """Added to sqrt(w * h) / canonical_size before the logarithm (Detectron2 1e-8, MMDetection 2.5e-7)."""
+    level_bias: NonNegative = 0.0
+    """Added to the level before it is rounded down (torchvision 1e-6)."""
+    box_head: BoxHeadConfig = ConvFcConfig()
+    """Layers between pooling and prediction."""
+    background_rows: Count = 1
+    """Rows of the classifier that mean background; more than 1 in weights imported from torchvision only."""
     score_thresh: Fraction = 0.05
     """Detections must score more than this."""
     nms_thresh: Fraction = 0.5
@@ -185,25 +321,93 @@ class RoiHeadConfig(Section):
     """Detections must be wider and higher than this many pixels of the resized image."""
 
 
+class RoiHeadConfig(SharedRoiHeadConfig):
+    """The second stage: pooling, classification and box regression of the proposals."""
+
+    kind: Literal["standard"] = "standard"
+    """One classifier."""
+    positive_iou: PositiveFraction = 0.5
+    """RoIs that overlap a ground-truth box at least this much are positive, all others background."""
+    class_agnostic: bool = False
+    """Predict one box per RoI instead of one per class."""
+    box_weights: BoxWeights = (10, 10, 5, 5)
+    """Multipliers of the targets (dx, dy, dw, dh)."""
+
+
+class CascadeStageConfig(Section):
+    """One classifier of a cascade."""
+
+    positive_iou: PositiveFraction
+    """RoIs that overlap a ground-truth box at least this much are positive, all others background."""
+    box_weights: BoxWeights
+    """Multipliers of the targets (dx, dy, dw, dh)."""
+    loss_weight: Positive = 1.0
+    """Factor of the stage's losses."""
+
+
+class CascadeConfig(SharedRoiHeadConfig):
+    """Cascade R-CNN: classifiers in a row, each refining the boxes of the one before."""
+
+    kind: Literal["cascade"] = "cascade"
+    """Several classifiers."""
+    class_agnostic: bool = True
+    """Predict one box per RoI instead of one per class."""
+    stages: Annotated[tuple[CascadeStageConfig, ...], Field(min_length=1)] = (
+        CascadeStageConfig(positive_iou=0.5, box_weights=(10, 10, 5, 5), loss_weight=1.0),
+        CascadeStageConfig(positive_iou=0.6, box_weights=(20, 20, 10, 10), loss_weight=0.5),
+        CascadeStageConfig(positive_iou=0.7, box_weights=(30, 30, 15, 15), loss_weight=0.25),
+    )
+    """The classifiers, first to last."""
+
+
+AnyRoiHeadConfig = Annotated[
+    Annotated[RoiHeadConfig, Tag("standard")] | Annotated[CascadeConfig, Tag("cascade")], _kind("standard")
+]
+
+
 class ModelConfig(Section):
     """The detector."""
 
+    kind: Literal["faster_rcnn", "rpn", "fast_rcnn"] = "faster_rcnn"
+    """Both stages, the region proposal network alone, or the second stage alone on proposals from a file."""
     num_classes: Count | None = None
     """Classes without background; none takes the count from the data set, a number must agree with it."""
     pixel_mean: tuple[Intensity, Intensity, Intensity] = (123.675, 116.28, 103.53)
     """Subtracted from the RGB values 0..255."""
     pixel_std: tuple[Positive, Positive, Positive] = (58.395, 57.12, 57.375)
     """The RGB values are divided by this after the subtraction."""
+    delta_clamp: Literal["upper", "both"] = "upper"
+    """Bound the predicted log sizes from above, or on both sides, as MMDetection's weights expect."""
     backbone: BackboneConfig = BackboneConfig()
     """The body."""
-    neck: NeckConfig = NeckConfig()
+    neck: NeckConfig = FpnConfig()
     """The feature pyramid."""
     anchors: AnchorConfig = AnchorConfig()
     """The anchors."""
     rpn: RpnConfig = RpnConfig()
     """The region proposal network."""
-    roi_head: RoiHeadConfig = RoiHeadConfig()
+    roi_head: AnyRoiHeadConfig = RoiHeadConfig()
     """The second stage."""
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        match self.neck:
+            case SingleLevelConfig():
+                num_levels = 1
+            case FpnConfig(finest_only=True):
+                num_levels = 1
+            case _:
+                num_levels = 5
+        if self.kind != "fast_rcnn" and len(self.anchors.sizes) != num_levels:  # which has no anchors
+            example = "[[32, 64, 128, 256, 512]]" if num_levels == 1 else "[32, 64, 128, 256, 512]"
+            raise ValueError(
+                f"anchors.sizes has {len(self.anchors.sizes)} entries, but the neck has {num_levels} levels: give one"
+                f" entry (a number or a list of numbers) per level, such as {example}"
+            )
+        on_c4 = isinstance(self.neck, SingleLevelConfig) and self.neck.stage == 4
+        if self.kind != "rpn" and isinstance(self.roi_head.box_head, Res5Config) and not on_c4:
+            raise ValueError("roi_head.box_head.kind res5 works on C4 only: set neck to {kind: single, stage: 4}")
+        return self
 
 
 class SplitConfig(Section):
@@ -213,11 +417,13 @@ class SplitConfig(Section):
     """Folder that the file names in the annotations are relative to."""
     annotations: Path
     """COCO JSON file."""
+    proposals: Path | None = None
+    """File of proposals (tools/proposals.py), for model.kind fast_rcnn."""
 
-    @field_validator("images", "annotations")
+    @field_validator("images", "annotations", "proposals")
     @classmethod
-    def _expand_home(cls, value: Path) -> Path:
-        return value.expanduser()
+    def _expand_home(cls, value: Path | None) -> Path | None:
+        return value and value.expanduser()
 
 
 class DataConfig(Section):
@@ -237,6 +443,9 @@ class DataConfig(Section):
     """Length in pixels of the shorter image side while detecting."""
     long_side: Count = 1333
     """The longer image side is never longer than this many pixels."""
+    resize: Literal["antialiased", "pillow", "float", "opencv"] = "antialiased"
+    """How images are resized. The others are what imported weights were trained on, pixel by pixel: `pillow`
+    Detectron2's, `opencv` MMDetection's, `float` torchvision's (four times the memory and transfer)."""
     horizontal_flip: Fraction = 0.5
     """Probability of mirroring left and right."""
     vertical_flip: Fraction = 0.0
@@ -345,6 +554,26 @@ class TrainConfig(Section):
         return self
 
 
+class TtaConfig(Section):
+    """Test-time augmentation: detections in several views of an image, merged by NMS; defaults of Detectron2."""
+
+    short_sides: Annotated[tuple[Count, ...], Field(min_length=1)] = (400, 500, 600, 700, 800, 900, 1000, 1100, 1200)
+    """Lengths in pixels of the shorter image side, one view each."""
+    long_side: Count = 4000
+    """The longer image side is never longer than this many pixels."""
+    horizontal_flip: bool = True
+    """Look at the mirror image of each view too."""
+
+    @model_validator(mode="after")
+    def _sides_in_order(self) -> Self:
+        if max(self.short_sides) > self.long_side:
+            raise ValueError(
+                f"long_side {self.long_side} is less than the largest short side {max(self.short_sides)}: raise"
+                " long_side"
+            )
+        return self
+
+
 class EvalConfig(Section):
     """Evaluation during and after training."""
 
@@ -356,6 +585,9 @@ class EvalConfig(Section):
     """Steps between two evaluations; none is a tenth of the run, at most 5000; 0 evaluates only at the end."""
     tensorboard_images: NonNegativeInt = 8
     """Validation images with their detections written to TensorBoard at each evaluation."""
+    tta: TtaConfig | None = None
+    """Test-time augmentation of tools/eval.py and tools/predict.py; none looks at each image once, as training does
+    in any case. A section with all defaults is `tta: {}`."""
 
 
 class Config(Section):
@@ -437,9 +669,10 @@ def parse_config(text: str, *, source: str, name: str = "", overrides: Sequence[
         # floats, and nothing else is converted.
         config = Config.model_validate_json(json.dumps(merged, default=str), strict=True)
     except ValidationError as error:
-        for item in error.errors(include_url=False):
-            origin = _origin(item["loc"], source, file, command_line)
-            problems.append(f"{origin}: {_dotted(item['loc'])}: {_explain(item)}")
+        items = {_path(item, merged): item for item in reversed(error.errors(include_url=False))}
+        for path, item in reversed(items.items()):  # of a union that failed, only the first member's complaint
+            if not any(path == other[: len(path)] for other in items.keys() - {path}):  # nor what follows from others
+                problems.append(f"{_origin(path, source, file, command_line)}: {_dotted(path)}: {_explain(item, path)}")
     if problems:
         raise InputError("\n".join(problems))
     return config
@@ -447,7 +680,11 @@ def parse_config(text: str, *, source: str, name: str = "", overrides: Sequence[
 
 def dump_config(config: Config) -> str:
     """Write the complete configuration as YAML that `load_config` reads back to an equal one."""
-    values = config.model_dump(mode="json")
+    return dump_yaml(config.model_dump(mode="json"))
+
+
+def dump_yaml(values: dict[str, Any]) -> str:
+    """Write nested plain values as YAML that `load_config` reads back as they are."""
     return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110)
 
 
@@ -489,15 +726,23 @@ for _tag, _pattern, _first in (
 
 
 class _Dumper(yaml.SafeDumper):
-    """One key per line, lists in one line; quotes exactly the text that `_Loader` reads as something else."""
+    """One key per line, `kind` first, plain lists in one line.
+
+    Quotes exactly the text that `_Loader` reads as something else.
+    """
 
     yaml_implicit_resolvers = _Loader.yaml_implicit_resolvers
 
-    def represent_list(self, data: Iterable[Any]) -> yaml.SequenceNode:
-        return self.represent_sequence("tag:yaml.org,2002:seq", data, flow_style=True)
+    def sequence(self, values: list[Any]) -> yaml.SequenceNode:
+        in_one_line = not any(isinstance(value, dict) for value in values)
+        return self.represent_sequence("tag:yaml.org,2002:seq", values, flow_style=in_one_line)
+
+    def mapping(self, values: dict[str, Any]) -> yaml.MappingNode:
+        return self.represent_mapping("tag:yaml.org,2002:map", sorted(values.items(), key=lambda kv: kv[0] != "kind"))
 
 
-_Dumper.add_representer(list, _Dumper.represent_list)
+_Dumper.add_representer(list, _Dumper.sequence)
+_Dumper.add_representer(dict, _Dumper.mapping)
 
 
 def _load_yaml(text: str) -> Any:
@@ -582,17 +827,36 @@ def _dotted(loc: Sequence[int | str]) -> str:
     return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in loc).lstrip(".")
 
 
-def _explain(item: ErrorDetails) -> str:
+def _path(item: ErrorDetails, merged: Any) -> tuple[int | str, ...]:
+    """Where an error is in the file: pydantic also names the member of a union that it tried."""
+    path: list[int | str] = []
+    for i, part in enumerate(item["loc"]):
+        is_new_key = i == len(item["loc"]) - 1 and item["type"] in ("extra_forbidden", "missing")
+        in_mapping = isinstance(merged, dict) and (part in merged or is_new_key)
+        in_list = isinstance(merged, list) and isinstance(part, int) and part < len(merged)
+        if in_mapping or in_list:
+            path.append(part)
+            merged = merged.get(part) if isinstance(merged, dict) else merged[part]
+    return tuple(path)
+
+
+def _explain(item: ErrorDetails, loc: Sequence[int | str]) -> str:
     """What is wrong, what was received and what is allowed, in the words of a YAML file."""
     match item["type"]:
+        case "union_tag_invalid":
+            return f"kind must be one of {item['ctx']['expected_tags']}, received {_shown(item['input']['kind'])}"
+        case "missing":
+            return "is needed"
         case "extra_forbidden":
-            nearest = _nearest(_dotted(item["loc"]))
+            if _dotted(loc) in _known_keys(Config):
+                return "not a key of this kind"
+            nearest = _nearest(_dotted(loc))
             return f"unknown key; did you mean {' or '.join(nearest)}?" if nearest else "unknown key"
         case "value_error":
             return str(item["ctx"]["error"])
         case "tuple_type":
             allowed = "must be a list"
-        case "model_type" | "model_attributes_type":
+        case "model_type" | "model_attributes_type" | "union_tag_not_found":
             allowed = "must be a section with keys of its own"
         case _:
             allowed = item["msg"].replace("Input should", "must").replace("Tuple should", "must")
@@ -611,9 +875,16 @@ def _known_keys(model: type[BaseModel], prefix: str = "") -> list[str]:
     keys = []
     for name, field in model.model_fields.items():
         keys.append(prefix + name)
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            keys += _known_keys(field.annotation, f"{prefix}{name}.")
+        for section in _sections(field.annotation):
+            keys += [key for key in _known_keys(section, f"{prefix}{name}.") if key not in keys]
     return keys
+
+
+def _sections(annotation: Any) -> list[type[BaseModel]]:
+    """The sections that a field may hold: one, the members of a union, or none."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [section for member in get_args(annotation) for section in _sections(member)]
 
 
 def _shown(value: Any) -> str:

@@ -9,8 +9,9 @@ Labels are class indices 0..K-1; the data set's own category ids appear only whe
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -50,16 +51,19 @@ class Categories:
 
 
 class _TensorFields:
-    """Device moves for the dataclasses below, all of whose fields are tensors or such dataclasses."""
+    """Device moves for the dataclasses below, all of whose fields are tensors, such dataclasses or None."""
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Self:
         """Return a copy whose tensors lie on `device`."""
-        moved = {f.name: getattr(self, f.name).to(device, non_blocking=non_blocking) for f in fields(self)}  # type: ignore[arg-type]
-        return type(self)(**moved)
+        return self._map(lambda value: value.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> Self:
         """Return a copy in page-locked memory (`DataLoader(pin_memory=True)` calls this)."""
-        return type(self)(**{f.name: getattr(self, f.name).pin_memory() for f in fields(self)})  # type: ignore[arg-type]
+        return self._map(lambda value: value.pin_memory())
+
+    def _map(self, change: Callable[[Any], Any]) -> Self:
+        values = {f.name: getattr(self, f.name) for f in fields(self)}  # type: ignore[arg-type]
+        return type(self)(**{name: None if value is None else change(value) for name, value in values.items()})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -67,11 +71,13 @@ class Sample:
     """One image with its boxes, as it comes out of the transforms.
 
     Attributes:
-        image: (3, H, W) uint8, RGB.
+        image: (3, H, W) uint8, or float32 in 0..255 (`data.resize: float`), RGB.
         boxes: (G, 4) float32, in the frame of `image`.
         labels: (G,) int64, 0..K-1.
         image_id: the data set's own id of the image.
         original_size: (h, w) of the image file as a viewer shows it, before resizing.
+        proposals: (P, 4) float32, in the frame of `image`, best first; None unless proposals are fixed (Fast R-CNN).
+        proposal_scores: (P,) float32 in 0..1, along with `proposals`.
     """
 
     image: Tensor
@@ -79,6 +85,8 @@ class Sample:
     labels: Tensor
     image_id: int
     original_size: tuple[int, int]
+    proposals: Tensor | None = None
+    proposal_scores: Tensor | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,11 +109,13 @@ class Batch(_TensorFields):
     """Images of one step on one device, with their targets.
 
     Attributes:
-        images: (N, 3, H, W) uint8, RGB, zero-padded at the right and the bottom to a common size.
+        images: (N, 3, H, W) uint8 or float32, as in `Sample`, RGB, zero-padded at the right and the bottom to a
+            common size.
         sizes: (N, 2) int64, (h, w) of each image before padding.
         targets: ground truth in the frame of `images`.
         image_ids: (N,) int64, the data set's own ids.
         original_sizes: (N, 2) int64, (h, w) of the image files.
+        proposals: fixed proposals (Fast R-CNN), padded to the batch's largest count; None where the model has an RPN.
     """
 
     images: Tensor
@@ -113,11 +123,12 @@ class Batch(_TensorFields):
     targets: Targets
     image_ids: Tensor
     original_sizes: Tensor
+    proposals: Proposals | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Proposals(_TensorFields):
-    """Output of the region proposal network, detached from the graph.
+    """Output of the region proposal network, detached from the graph, or fixed proposals that a file gave.
 
     Attributes:
         boxes: (N, P, 4) float32, in the frame of the resized images, clipped to them; zeros where not valid.

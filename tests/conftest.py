@@ -52,7 +52,7 @@ def tiny(shapes) -> list[str]:
         "model.rpn.pre_nms_top_k_test": 50,
         "model.rpn.post_nms_top_k_test": 50,
         "model.roi_head.num_samples": 32,
-        "model.roi_head.fc_dim": 32,
+        "model.roi_head.box_head.fc_dim": 32,
         "optim.warmup_steps": 2,
         "train.steps": 8,
         "train.batch_size": 4,

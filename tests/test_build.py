@@ -112,6 +112,40 @@ def test_transforms(config):
     assert torch.equal(batch.image_ids, plain.image_ids)
     val = next(iter(build.build_val_loader(options, build.load_val_data(options))))
     assert val.sizes.amin(1).tolist() == [32] * 8
+    for loader in (
+        build.build_train_loader(config("data.resize=float"), data),
+        build.build_val_loader(config("data.resize=float"), data),
+    ):
+        assert next(iter(loader)).images.dtype == torch.float32
+
+
+def test_views_of_an_image(config):
+    """Test-time augmentation: every size, each plain and mirrored, over the same batches."""
+    options = config("eval.tta={short_sides: [32, 48], long_side: 50}", "eval.batch_size=1")
+    transforms = build.build_test_transforms(options)
+    assert [(t.short_side, t.long_side, t.horizontal_flip) for t in transforms] == [
+        (32, 50, False),
+        (32, 50, True),
+        (48, 50, False),
+        (48, 50, True),
+    ]
+    data = build.load_val_data(options)
+    views = [(next(iter(v.batches)), v.flipped) for v in build.build_val_views(options, data)]
+    assert [flipped for _, flipped in views] == [False, True, False, True]
+    (plain, _), (mirrored, _), (larger, _), _ = views
+    width = int(plain.sizes[0, 1])
+    assert torch.equal(mirrored.images[..., :width], plain.images[..., :width].flip(3))
+    assert not torch.equal(mirrored.images, plain.images)
+    assert plain.sizes.min() == 32
+    assert larger.sizes.max() == 50
+    assert all(torch.equal(v.image_ids, plain.image_ids) for v, _ in views)
+
+    [only] = build.build_val_views(config(), data)
+    assert not only.flipped
+    assert next(iter(only.batches)).sizes.tolist() == next(iter(build.build_val_loader(config(), data))).sizes.tolist()
+    assert len(build.build_test_transforms(config("eval.tta={horizontal_flip: false}"))) == 9
+    with pytest.raises(InputError, match=r"eval\.tta .* model\.kind rpn"):
+        build.build_test_transforms(config("eval.tta={}", "model.kind=rpn"))
 
 
 def test_val_loader_shows_every_image_once(config):

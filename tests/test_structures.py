@@ -20,8 +20,16 @@ def batch() -> Batch:
     )
 
 
+@pytest.fixture
+def batch_with_proposals(batch: Batch) -> Batch:
+    proposals = Proposals(boxes=torch.rand(2, 5, 4), scores=torch.rand(2, 5), valid=torch.ones(2, 5, dtype=torch.bool))
+    return dataclasses.replace(batch, proposals=proposals)
+
+
 def devices(value: object) -> set[str]:
     """Of all tensors, however deep."""
+    if value is None:
+        return set()
     if isinstance(value, torch.Tensor):
         return {value.device.type}
     return set().union(*(devices(getattr(value, field.name)) for field in dataclasses.fields(value)))
@@ -40,17 +48,27 @@ def test_to_keeps_values_and_types(batch: Batch) -> None:
     same = batch.to("cpu", non_blocking=True)
     for old, new in [(batch, same), (batch.targets, same.targets)]:
         for field in dataclasses.fields(old):
-            if field.name != "targets":
+            if field.name not in ("targets", "proposals"):
                 value = getattr(new, field.name)
                 assert torch.equal(value, getattr(old, field.name))
                 assert value.dtype == getattr(old, field.name).dtype
 
 
+def test_fixed_proposals_move_along_or_stay_absent(batch: Batch, batch_with_proposals: Batch) -> None:
+    moved = batch_with_proposals.to("meta")
+    assert isinstance(moved.proposals, Proposals)
+    assert devices(moved) == {"meta"}
+    assert moved.proposals.boxes.shape == (2, 5, 4)
+    assert batch.to("meta").proposals is None
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="page-locked memory needs a CUDA device")
-def test_pin_memory(batch: Batch) -> None:
+def test_pin_memory(batch: Batch, batch_with_proposals: Batch) -> None:
     pinned = batch.pin_memory()
     assert pinned.images.is_pinned()
     assert pinned.targets.boxes.is_pinned()
+    assert pinned.proposals is None
+    assert batch_with_proposals.pin_memory().proposals.boxes.is_pinned()
     assert not batch.images.is_pinned()
 
 

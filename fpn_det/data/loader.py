@@ -4,7 +4,7 @@ The training stream is a pure function of (seed, step): it does not depend on th
 resumes at step t sees what it would have seen. All randomness of a sample comes from a seed that travels with its
 index; the workers have no random state.
 
-Dimensions: N images of a batch, G boxes (largest count in the batch), n images in the data set.
+Dimensions: N images of a batch, G boxes and P fixed proposals (largest count in the batch), n images in the data set.
 """
 
 from __future__ import annotations
@@ -20,11 +20,13 @@ from multiprocessing.synchronize import Event
 
 import numpy as np
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from fpn_det.data.coco import CocoAnnotations
+from fpn_det.data.proposals import FixedProposals
 from fpn_det.data.transforms import load_image
-from fpn_det.structures import Batch, Sample, Targets
+from fpn_det.structures import Batch, Proposals, Sample, Targets
 
 Transform = Callable[[Sample, random.Random], Sample]
 Key = tuple[int, int]
@@ -40,11 +42,20 @@ class DetectionDataset(Dataset[Sample]):
     Args:
         annotations: what to load.
         transform: applied to each sample, with the random state of its key.
+        proposals: fixed proposals that the samples carry along, if any.
+
+    Raises:
+        InputError: `proposals` are of other images.
     """
 
-    def __init__(self, annotations: CocoAnnotations, transform: Transform) -> None:
+    def __init__(
+        self, annotations: CocoAnnotations, transform: Transform, proposals: FixedProposals | None = None
+    ) -> None:
+        if proposals is not None:
+            proposals.check_images(annotations.image_ids, annotations.sizes, annotations.source)
         self.annotations = annotations
         self.transform = transform
+        self.proposals = proposals
 
     def __len__(self) -> int:
         return len(self.annotations)
@@ -54,12 +65,16 @@ class DetectionDataset(Dataset[Sample]):
         index, seed = key
         h, w = self.annotations.sizes[index].tolist()
         boxes, labels = self.annotations.targets(index)
+        image_id = int(self.annotations.image_ids[index])
+        proposals, scores = self.proposals.of(image_id) if self.proposals is not None else (None, None)
         sample = Sample(
             image=load_image(self.annotations.path(index), size=(h, w)),
             boxes=boxes,
             labels=labels,
-            image_id=int(self.annotations.image_ids[index]),
+            image_id=image_id,
             original_size=(h, w),
+            proposals=proposals,
+            proposal_scores=scores,
         )
         return self.transform(sample, random.Random(seed))
 
@@ -159,17 +174,17 @@ class TestSampler(Sampler[list[Key]]):
 
 
 def collate(samples: Sequence[Sample], size_divisor: int = 32) -> Batch:
-    """Pad samples to one size and one box count.
+    """Pad samples to one size, one box count and one count of fixed proposals.
 
     Args:
-        samples: N samples of any sizes.
+        samples: N samples of any sizes, their images of one type.
         size_divisor: height and width of the batch are multiples of this, the coarsest stride of the backbone.
     """
     n = len(samples)
     sizes = torch.tensor([tuple(s.image.shape[1:]) for s in samples])
     h, w = ((sizes.amax(0) + size_divisor - 1) // size_divisor * size_divisor).tolist()
     g = max(len(s.boxes) for s in samples)
-    images = torch.zeros((n, 3, h, w), dtype=torch.uint8)
+    images = torch.zeros((n, 3, h, w), dtype=samples[0].image.dtype)
     boxes = torch.zeros((n, g, 4))
     labels = torch.zeros((n, g), dtype=torch.int64)
     valid = torch.zeros((n, g), dtype=torch.bool)
@@ -184,6 +199,21 @@ def collate(samples: Sequence[Sample], size_divisor: int = 32) -> Batch:
         targets=Targets(boxes=boxes, labels=labels, valid=valid),
         image_ids=torch.tensor([s.image_id for s in samples]),
         original_sizes=torch.tensor([s.original_size for s in samples]),
+        proposals=_collate_proposals(samples),
+    )
+
+
+def _collate_proposals(samples: Sequence[Sample]) -> Proposals | None:
+    """Pad the fixed proposals of the samples to one count; None where the samples have none."""
+    boxes = [s.proposals for s in samples if s.proposals is not None]
+    scores = [s.proposal_scores for s in samples if s.proposal_scores is not None]
+    if not boxes:
+        return None
+    assert len(boxes) == len(scores) == len(samples), "fixed proposals for some of the samples only"
+    return Proposals(
+        boxes=pad_sequence(boxes, batch_first=True),
+        scores=pad_sequence(scores, batch_first=True),
+        valid=pad_sequence([torch.ones(len(b), dtype=torch.bool) for b in boxes], batch_first=True),
     )
 
 

@@ -7,87 +7,156 @@ Dimensions: N images, C channels, H and W of the padded batch.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any, Self
 
 import torch
 import torchvision
 from torch import Tensor, nn
 from torchvision.models import resnet
-from torchvision.ops import FrozenBatchNorm2d
+from torchvision.models.resnet import BasicBlock, Bottleneck
 
+from fpn_det.models.norms import Norm, norm_layer
 from fpn_det.structures import InputError
 
-Norm = Literal["frozen_bn", "bn", "sync_bn", "gn"]
+BODIES: dict[str, dict[str, Any]] = {
+    "resnet18": {"block": BasicBlock, "layers": [2, 2, 2, 2]},
+    "resnet26": {"block": Bottleneck, "layers": [2, 2, 2, 2]},
+    "resnet34": {"block": BasicBlock, "layers": [3, 4, 6, 3]},
+    "resnet50": {"block": Bottleneck, "layers": [3, 4, 6, 3]},
+    "resnet101": {"block": Bottleneck, "layers": [3, 4, 23, 3]},
+    "resnet152": {"block": Bottleneck, "layers": [3, 8, 36, 3]},
+    "resnext50_32x4d": {"block": Bottleneck, "layers": [3, 4, 6, 3], "groups": 32, "width_per_group": 4},
+    "resnext101_32x4d": {"block": Bottleneck, "layers": [3, 4, 23, 3], "groups": 32, "width_per_group": 4},
+    "resnext101_32x8d": {"block": Bottleneck, "layers": [3, 4, 23, 3], "groups": 32, "width_per_group": 8},
+    "resnext101_64x4d": {"block": Bottleneck, "layers": [3, 4, 23, 3], "groups": 64, "width_per_group": 4},
+    "wide_resnet50_2": {"block": Bottleneck, "layers": [3, 4, 6, 3], "width_per_group": 128},
+    "wide_resnet101_2": {"block": Bottleneck, "layers": [3, 4, 23, 3], "width_per_group": 128},
+}
+"""Arguments of torchvision's `ResNet` by name; resnet26 and resnext101_32x4d are not torchvision's own."""
 
 
 class ResNet(nn.Module):
     """A torchvision ResNet or ResNeXt without its classifier.
 
     Args:
-        name: torchvision's name, such as `resnet50` or `resnext101_32x8d`.
-        norm: `frozen_bn` (constant statistics and affine, for pre-trained weights), `bn`, `sync_bn` (statistics over
-            all processes), `gn` (32 groups).
+        name: one of `BODIES`.
+        norm: kind of normalisation, see `fpn_det.models.norms`; `frozen_bn` is for pre-trained weights.
+        norm_eps: added to the variance.
         frozen_stages: how many stages are not trained: 1 = stem, 2 = stem and layer1 (Detectron2's default), .. 5.
+        stride_in_1x1: whether the first 1x1 convolution of a stage has its stride, as in the original ResNet of
+            MSRA (Detectron2's weights), or the 3x3 convolution, as in torchvision. Bottlenecks only.
+        last_stage: 5, or 4 for a body that ends with C4.
 
     Attributes:
         strides: of C2..C5 relative to the image.
         channels: of C2..C5.
     """
 
-    strides = (4, 8, 16, 32)
-
-    def __init__(self, *, name: str, norm: Norm, frozen_stages: int) -> None:
+    def __init__(
+        self,
+        *,
+        name: str,
+        norm: Norm,
+        frozen_stages: int,
+        norm_eps: float = 1e-5,
+        stride_in_1x1: bool = False,
+        last_stage: int = 5,
+    ) -> None:
         super().__init__()
-        body = getattr(resnet, name)(weights=None, norm_layer=_norm_layer(norm))
+        body = _torchvision_resnet(name, norm, norm_eps, stride_in_1x1)
         self.stem = nn.Sequential(body.conv1, body.bn1, body.relu, body.maxpool)
-        self.layer1, self.layer2, self.layer3, self.layer4 = body.layer1, body.layer2, body.layer3, body.layer4
-        self.channels = tuple(body.fc.in_features // 2**i for i in (3, 2, 1, 0))
+        self.stages = [f"layer{i}" for i in range(1, last_stage)]
+        for stage in self.stages:
+            self.add_module(stage, getattr(body, stage))
+        self.strides = (4, 8, 16, 32)[: last_stage - 1]
+        self.channels = tuple(body.fc.in_features // 2**i for i in (3, 2, 1, 0))[: last_stage - 1]
         self.frozen_stages = frozen_stages
-        for stage in self._frozen():
-            stage.requires_grad_(False)
+        for module in self._frozen():
+            module.requires_grad_(False)
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """(N, 3, H, W) normalised images -> C2..C5, (N, channels[i], H / strides[i], W / strides[i]) rounded up."""
         x = self.stem(images)
         features = []
-        for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
-            x = stage(x)
+        for stage in self.stages:
+            x = self.get_submodule(stage)(x)
             features.append(x)
         return features
 
     def train(self, mode: bool = True) -> Self:
         """As in `nn.Module`, but the statistics of frozen stages stay as they are."""
         super().train(mode)
-        for stage in self._frozen():
-            stage.eval()
+        for module in self._frozen():
+            module.eval()
         return self
 
     def load_classifier(self, state_dict: dict[str, Tensor]) -> None:
         """Load the body from the weights of a torchvision classifier.
 
         Args:
-            state_dict: of `torchvision.models.resnet*`; `fc.*` is ignored, anything else must fit exactly.
+            state_dict: of `torchvision.models.resnet*`; the classifier `fc.*` and stages that this body lacks are
+                passed over, anything else must fit exactly.
 
         Raises:
             ValueError: naming missing, unexpected or misshapen tensors.
         """
-        renamed = {k.replace("conv1.", "stem.0.", 1) if k.startswith("conv1.") else k: v for k, v in state_dict.items()}
-        renamed = {k.replace("bn1.", "stem.1.", 1) if k.startswith("bn1.") else k: v for k, v in renamed.items()}
-        own = self.state_dict()
-        # num_batches_tracked counts updates of statistics; FrozenBatchNorm has none, and old files lack it.
-        wanted = {k for k in own if not k.endswith("num_batches_tracked")}
-        given = {k for k in renamed if not k.startswith("fc.") and not k.endswith("num_batches_tracked")}
-        misfit = sorted(k for k in wanted & given if own[k].shape != renamed[k].shape)
-        if wanted != given or misfit:
-            raise ValueError(
-                f"the weights do not fit this body: missing {sorted(wanted - given)[:4]}, "
-                f"unexpected {sorted(given - wanted)[:4]}, of another shape {misfit[:4]}"
-            )
-        self.load_state_dict({k: renamed[k] for k in given}, strict=False)
+        absent = {"layer1", "layer2", "layer3", "layer4"} - set(self.stages)
+        load_stages(self, state_dict, leave_out=absent)
 
     def _frozen(self) -> list[nn.Module]:
-        return [self.stem, self.layer1, self.layer2, self.layer3, self.layer4][: self.frozen_stages]
+        return [self.stem, *(self.get_submodule(stage) for stage in self.stages)][: self.frozen_stages]
+
+
+class Layer4(nn.Module):
+    """The last stage of a body on its own, as the head of RoIs of C4 (arXiv 1512.03385, appendix A).
+
+    Args:
+        name, norm, norm_eps, stride_in_1x1: as of `ResNet`.
+
+    Attributes:
+        out_channels: of C5.
+    """
+
+    def __init__(self, *, name: str, norm: Norm, norm_eps: float = 1e-5, stride_in_1x1: bool = False) -> None:
+        super().__init__()
+        body = _torchvision_resnet(name, norm, norm_eps, stride_in_1x1)
+        self.layer4 = body.layer4
+        self.out_channels: int = body.fc.in_features
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(R, channels of C4, h, w) -> (R, out_channels, h / 2, w / 2), rounded up."""
+        out: Tensor = self.layer4(x)
+        return out
+
+    def load_classifier(self, state_dict: dict[str, Tensor]) -> None:
+        """As `ResNet.load_classifier`, for this stage."""
+        load_stages(self, state_dict, leave_out={"conv1", "bn1", "layer1", "layer2", "layer3"})
+
+
+def load_stages(module: nn.Module, state_dict: dict[str, Tensor], *, leave_out: Iterable[str]) -> None:
+    """Load a part of a torchvision classifier; `leave_out` and `fc` are the parts that `module` does not have.
+
+    Raises:
+        ValueError: naming missing, unexpected or misshapen tensors.
+    """
+    stem = {"conv1": "stem.0", "bn1": "stem.1"}
+    renamed = {}
+    for key, value in state_dict.items():
+        part, _, rest = key.partition(".")
+        # num_batches_tracked counts updates of statistics; FrozenBatchNorm has none, and old files lack it.
+        if part not in {"fc", *leave_out} and not rest.endswith("num_batches_tracked"):
+            renamed[f"{stem.get(part, part)}.{rest}"] = value
+    own = {k: v for k, v in module.state_dict().items() if not k.endswith("num_batches_tracked")}
+    missing, unexpected = sorted(own.keys() - renamed.keys()), sorted(renamed.keys() - own.keys())
+    misfit = sorted(k for k in own.keys() & renamed.keys() if own[k].shape != renamed[k].shape)
+    if missing or unexpected or misfit:
+        raise ValueError(
+            f"the weights do not fit this body: missing {missing[:4]}, unexpected {unexpected[:4]}, "
+            f"of another shape {misfit[:4]}"
+        )
+    module.load_state_dict(renamed, strict=False)
 
 
 def read_classifier(name: str, weights: str) -> dict[str, Tensor]:
@@ -101,8 +170,9 @@ def read_classifier(name: str, weights: str) -> dict[str, Tensor]:
     Raises:
         InputError: neither a known name nor a readable file, or the download failed.
     """
-    enum = torchvision.models.get_model_weights(name)
-    if weights in enum.__members__:
+    enum = torchvision.models.get_model_weights(name) if name in torchvision.models.list_models() else None
+    known = enum.__members__ if enum is not None else {}
+    if enum is not None and weights in known:
         try:
             return enum[weights].get_state_dict(progress=True, check_hash=True)
         except (OSError, RuntimeError) as error:  # RuntimeError: the hash of a broken download differs
@@ -115,7 +185,7 @@ def read_classifier(name: str, weights: str) -> dict[str, Tensor]:
     if not path.is_file():
         raise InputError(
             f"model.backbone.weights: {weights!r} is neither a file nor one of torchvision's weights for {name} "
-            f"({', '.join(enum.__members__)})"
+            f"({', '.join(known) or 'it has none'})"
         )
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
@@ -128,13 +198,11 @@ def read_classifier(name: str, weights: str) -> dict[str, Tensor]:
     return state
 
 
-def _norm_layer(norm: Norm) -> type[nn.Module] | object:
-    match norm:
-        case "frozen_bn":
-            return FrozenBatchNorm2d
-        case "bn":
-            return nn.BatchNorm2d
-        case "sync_bn":
-            return nn.SyncBatchNorm
-        case "gn":
-            return lambda channels: nn.GroupNorm(32, channels)
+def _torchvision_resnet(name: str, norm: Norm, norm_eps: float, stride_in_1x1: bool) -> resnet.ResNet:
+    body = resnet.ResNet(**BODIES[name], norm_layer=norm_layer(norm, norm_eps))
+    if stride_in_1x1:
+        if BODIES[name]["block"] is not Bottleneck:
+            raise ValueError(f"{name} has no 1x1 convolution that could have the stride")
+        for layer in (body.layer2, body.layer3, body.layer4):
+            layer[0].conv1.stride, layer[0].conv2.stride = layer[0].conv2.stride, layer[0].conv1.stride
+    return body

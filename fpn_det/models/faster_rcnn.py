@@ -1,4 +1,7 @@
-"""Faster R-CNN on a Feature Pyramid Network (arXiv 1506.01497, 1612.03144): the stages put together.
+"""The stages put together: Faster R-CNN (arXiv 1506.01497, 1612.03144), its RPN alone, and Fast R-CNN.
+
+All train by `forward(batch)`, which returns losses (it is what DistributedDataParallel wraps), detect by
+`predict(batch)`, and give class-agnostic proposals by `propose(batch)`.
 
 Dimensions: N images, H and W of the padded batch.
 """
@@ -10,22 +13,51 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from fpn_det.models.roi_head import RoIHead
+from fpn_det.models.roi_head import CascadeRoIHead, RoIHead
 from fpn_det.models.rpn import RPN
-from fpn_det.structures import Batch, Detections
+from fpn_det.structures import Batch, Detections, Proposals
 
 
-class FasterRCNN(nn.Module):
-    """Image to features to proposals to detections.
-
-    `forward` trains and returns losses (it is what DistributedDataParallel wraps); `predict` detects.
+class Pyramid(nn.Module):
+    """Images to features: what the three detectors share.
 
     Args:
         backbone: normalised images -> features.
         neck: features -> pyramid.
+        pixel_mean, pixel_std: per RGB channel, on the scale 0..255.
+    """
+
+    def __init__(
+        self, *, backbone: nn.Module, neck: nn.Module, pixel_mean: Sequence[float], pixel_std: Sequence[float]
+    ) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.neck = neck
+        self.pixel_mean: Tensor
+        self.pixel_std: Tensor
+        self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(3, 1, 1), persistent=False)
+        self.register_buffer("pixel_std", torch.tensor(pixel_std).view(3, 1, 1), persistent=False)
+
+    def normalize(self, images: Tensor, sizes: Tensor) -> Tensor:
+        """(N, 3, H, W) -> float32 (x - pixel_mean) / pixel_std; the padding becomes 0, the mean colour."""
+        normalized = (images - self.pixel_mean) / self.pixel_std
+        rows, columns = (torch.arange(n, device=images.device) for n in images.shape[-2:])
+        inside = (rows[:, None] < sizes[:, 0, None, None]) & (columns < sizes[:, 1, None, None])
+        return normalized * inside[:, None]
+
+    def features(self, batch: Batch) -> list[Tensor]:
+        """The levels of the neck, P2..P6 of an FPN."""
+        pyramid: list[Tensor] = self.neck(self.backbone(self.normalize(batch.images, batch.sizes)))
+        return pyramid
+
+
+class FasterRCNN(Pyramid):
+    """Images to features to proposals to detections.
+
+    Args:
+        backbone, neck, pixel_mean, pixel_std: as of `Pyramid`.
         rpn: pyramid -> proposals.
         roi_head: pyramid and proposals -> detections.
-        pixel_mean, pixel_std: per RGB channel, on the scale 0..255.
     """
 
     def __init__(
@@ -34,31 +66,13 @@ class FasterRCNN(nn.Module):
         backbone: nn.Module,
         neck: nn.Module,
         rpn: RPN,
-        roi_head: RoIHead,
+        roi_head: RoIHead | CascadeRoIHead,
         pixel_mean: Sequence[float],
         pixel_std: Sequence[float],
     ) -> None:
-        super().__init__()
-        self.backbone = backbone
-        self.neck = neck
+        super().__init__(backbone=backbone, neck=neck, pixel_mean=pixel_mean, pixel_std=pixel_std)
         self.rpn = rpn
         self.roi_head = roi_head
-        self.pixel_mean: Tensor
-        self.pixel_std: Tensor
-        self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(3, 1, 1), persistent=False)
-        self.register_buffer("pixel_std", torch.tensor(pixel_std).view(3, 1, 1), persistent=False)
-
-    def normalize(self, images: Tensor, sizes: Tensor) -> Tensor:
-        """(N, 3, H, W) uint8 -> float32 (x - pixel_mean) / pixel_std; the padding becomes 0, the mean colour."""
-        normalized = (images - self.pixel_mean) / self.pixel_std
-        rows, columns = (torch.arange(n, device=images.device) for n in images.shape[-2:])
-        inside = (rows[:, None] < sizes[:, 0, None, None]) & (columns < sizes[:, 1, None, None])
-        return normalized * inside[:, None]
-
-    def features(self, batch: Batch) -> list[Tensor]:
-        """The pyramid P2..P6 of the images."""
-        pyramid: list[Tensor] = self.neck(self.backbone(self.normalize(batch.images, batch.sizes)))
-        return pyramid
 
     def forward(self, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Losses of a batch.
@@ -68,23 +82,99 @@ class FasterRCNN(nn.Module):
             stats: scalars to be logged: `rpn_positives`, `roi_positives` (samples per image).
         """
         features = self.features(batch)
-        logits, deltas, anchors = self.rpn(features)
-        anchor_samples = self.rpn.sample(anchors, batch.targets)
-        proposals = self.rpn.propose(logits, deltas, anchors, batch.sizes)
-        roi_samples = self.roi_head.sample(proposals, batch.targets)
-        roi_logits, roi_deltas = self.roi_head(features, roi_samples.boxes)
-        losses = self.rpn.loss(logits, deltas, anchor_samples) | self.roi_head.loss(roi_logits, roi_deltas, roi_samples)
-        foreground = roi_samples.labels < self.roi_head.num_classes
-        stats = {
-            "rpn_positives": anchor_samples.is_positive.sum(1).float().mean(),
-            "roi_positives": foreground.sum(1).float().mean(),
-        }
-        return losses, stats
+        rpn_losses, rpn_stats, proposals = self.rpn.losses(features, batch.targets, batch.sizes)
+        roi_losses, roi_stats = self.roi_head.losses(features, proposals, batch.targets, batch.sizes)
+        return rpn_losses | roi_losses, rpn_stats | roi_stats
 
     @torch.no_grad()
     def predict(self, batch: Batch) -> list[Detections]:
         """Detections of each image, in the frame of the resized image. Call it in evaluation mode."""
         features = self.features(batch)
+        return self.roi_head.predict(features, self.rpn.predict(features, batch.sizes), batch.sizes)
+
+    @torch.no_grad()
+    def propose(self, batch: Batch) -> Proposals:
+        """Proposals of each image, in the frame of the resized image. Call it in evaluation mode."""
+        return self.rpn.predict(self.features(batch), batch.sizes)
+
+
+class ProposalNetwork(Pyramid):
+    """An RPN alone, for proposals that are used elsewhere or measured by their recall.
+
+    Args:
+        backbone, neck, pixel_mean, pixel_std: as of `Pyramid`.
+        rpn: pyramid -> proposals.
+    """
+
+    def __init__(
+        self,
+        *,
+        backbone: nn.Module,
+        neck: nn.Module,
+        rpn: RPN,
+        pixel_mean: Sequence[float],
+        pixel_std: Sequence[float],
+    ) -> None:
+        super().__init__(backbone=backbone, neck=neck, pixel_mean=pixel_mean, pixel_std=pixel_std)
+        self.rpn = rpn
+
+    def forward(self, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Losses `rpn_objectness`, `rpn_box` and statistics `rpn_positives` (per image) of a batch."""
+        features = self.features(batch)
         logits, deltas, anchors = self.rpn(features)
-        proposals = self.rpn.propose(logits, deltas, anchors, batch.sizes)
-        return self.roi_head.predict(features, proposals, batch.sizes)
+        samples = self.rpn.sample(anchors, batch.targets)
+        return self.rpn.loss(logits, deltas, samples), {"rpn_positives": self.rpn.count_positives(samples)}
+
+    @torch.no_grad()
+    def propose(self, batch: Batch) -> Proposals:
+        """Proposals of each image, in the frame of the resized image. Call it in evaluation mode."""
+        return self.rpn.predict(self.features(batch), batch.sizes)
+
+    @torch.no_grad()
+    def predict(self, batch: Batch) -> list[Detections]:
+        """The proposals as detections of label 0 whose score is the objectness."""
+        proposals = self.propose(batch)
+        return [
+            Detections(
+                boxes=boxes[valid], scores=scores[valid], labels=torch.zeros_like(scores[valid], dtype=torch.int64)
+            )
+            for boxes, scores, valid in zip(proposals.boxes, proposals.scores, proposals.valid, strict=True)
+        ]
+
+
+class FastRCNN(Pyramid):
+    """A second stage alone, on proposals that come with the images (arXiv 1504.08083).
+
+    Args:
+        backbone, neck, pixel_mean, pixel_std: as of `Pyramid`.
+        roi_head: pyramid and proposals -> detections.
+    """
+
+    def __init__(
+        self,
+        *,
+        backbone: nn.Module,
+        neck: nn.Module,
+        roi_head: RoIHead | CascadeRoIHead,
+        pixel_mean: Sequence[float],
+        pixel_std: Sequence[float],
+    ) -> None:
+        super().__init__(backbone=backbone, neck=neck, pixel_mean=pixel_mean, pixel_std=pixel_std)
+        self.roi_head = roi_head
+
+    def forward(self, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Losses `roi_class`, `roi_box` and statistics `roi_positives` (per image) of a batch."""
+        return self.roi_head.losses(self.features(batch), self.propose(batch), batch.targets, batch.sizes)
+
+    @torch.no_grad()
+    def predict(self, batch: Batch) -> list[Detections]:
+        """Detections of each image, in the frame of the resized image. Call it in evaluation mode."""
+        return self.roi_head.predict(self.features(batch), self.propose(batch), batch.sizes)
+
+    def propose(self, batch: Batch) -> Proposals:
+        """The proposals that the batch brings."""
+        assert batch.proposals is not None, "build.py refuses data without proposals"
+        return batch.proposals
+
+
+Detector = FasterRCNN | ProposalNetwork | FastRCNN

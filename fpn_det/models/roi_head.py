@@ -1,6 +1,7 @@
 """The second stage: classify and refine regions of interest (Fast R-CNN, arXiv 1504.08083; arXiv 1612.03144, 4.2).
 
-Background is class K, the last; it exists only in this file.
+`RoIHead` is one classifier, `CascadeRoIHead` several in a row. Background is class K, the last; it exists only in this
+file.
 
 Dimensions: N images, P proposals, G ground truth, S sampled RoIs per image, R = N * S, K classes, D features of a RoI.
 """
@@ -12,11 +13,14 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, smooth_l1_loss, softmax
+from torch.nn.functional import cross_entropy, softmax
 
 from fpn_det import boxes as box_ops
+from fpn_det.models.backbone import Layer4
+from fpn_det.models.box_loss import BoxLoss, box_loss
 from fpn_det.models.matching import match, sample
 from fpn_det.models.nms import grouped_nms
+from fpn_det.models.norms import Norm, conv_norm
 from fpn_det.models.roi_pool import MultiLevelRoIAlign
 from fpn_det.structures import Detections, Proposals, Targets
 
@@ -38,21 +42,63 @@ class RoISamples:
     valid: Tensor
 
 
-class TwoFCHead(nn.Sequential):
-    """Two fully connected layers with ReLU: (R, C, size, size) -> (R, D).
+class ConvFCHead(nn.Module):
+    """3x3 convolutions, then fully connected layers, all with ReLU: (R, C, size, size) -> (R, D).
+
+    Two fully connected layers are FPN's head; four convolutions and one layer that of arXiv 1803.08494.
 
     Args:
         in_channels: C.
         pool_size: height and width of the pooled features.
-        fc_dim: D.
+        num_convs, conv_channels: number and channels of the convolutions.
+        num_fcs, fc_dim: number and width of the fully connected layers.
+        norm: normalisation of the convolutions.
+
+    Attributes:
+        out_channels: D.
     """
 
-    def __init__(self, *, in_channels: int, pool_size: int, fc_dim: int) -> None:
-        fc1, fc2 = nn.Linear(in_channels * pool_size**2, fc_dim), nn.Linear(fc_dim, fc_dim)
-        for fc in (fc1, fc2):
+    def __init__(
+        self,
+        *,
+        in_channels: int,
+        pool_size: int,
+        fc_dim: int,
+        num_fcs: int = 2,
+        num_convs: int = 0,
+        conv_channels: int = 256,
+        norm: Norm | None = None,
+    ) -> None:
+        super().__init__()
+        widths = [in_channels, *[conv_channels] * num_convs]
+        self.convs = nn.ModuleList(conv_norm(widths[i], widths[i + 1], 3, norm=norm) for i in range(num_convs))
+        for module in self.convs.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        dims = [widths[-1] * pool_size**2, *[fc_dim] * num_fcs]
+        fcs = [nn.Linear(dims[i], dims[i + 1]) for i in range(num_fcs)]
+        for fc in fcs:
             nn.init.kaiming_uniform_(fc.weight, a=1)
             nn.init.zeros_(fc.bias)
-        super().__init__(nn.Flatten(), fc1, nn.ReLU(), fc2, nn.ReLU())
+        self.fcs = nn.ModuleList(fcs)
+        self.out_channels = dims[-1]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(R, C, size, size) -> (R, D)."""
+        for conv in self.convs:
+            x = conv(x).relu()
+        x = x.flatten(1)
+        for fc in self.fcs:
+            x = fc(x).relu()
+        return x
+
+
+class Res5Head(Layer4):
+    """The body's last stage on RoIs of C4, averaged over the cells (arXiv 1512.03385, appendix A)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(R, C, size, size) -> (R, D)."""
+        return super().forward(x).mean(dim=(2, 3))
 
 
 class RoIHead(nn.Module):
@@ -60,14 +106,16 @@ class RoIHead(nn.Module):
 
     Args:
         pooler: features of each RoI.
-        box_head: (R, C, size, size) -> (R, fc_dim).
-        fc_dim: D.
+        box_head: (R, C, size, size) -> (R, D), with `out_channels` D.
         num_classes: K.
+        background_rows: rows of the classifier that mean background: 1, or more for weights of torchvision, whose
+            classifier has rows for category ids that COCO does not use.
         positive_iou: RoIs from this IoU on are positive, all others background.
         num_samples, positive_fraction: RoIs per image that a step trains on, and the largest share of positives.
         class_agnostic: whether all classes share one set of four deltas.
         box_weights: multipliers of the encoded deltas.
-        smooth_l1_beta: where the box loss turns from quadratic to linear; 0 is L1.
+        box_loss, smooth_l1_beta, box_loss_weight: kind of box loss, see `fpn_det.models.box_loss`, and its weight.
+        delta_clamp: on which sides the predicted dw and dh are clamped.
         score_thresh: detections must score more.
         nms_thresh: IoU of NMS, within each class.
         detections_per_image: the most that are kept.
@@ -78,15 +126,18 @@ class RoIHead(nn.Module):
         self,
         *,
         pooler: MultiLevelRoIAlign,
-        box_head: nn.Module,
-        fc_dim: int,
+        box_head: ConvFCHead | Res5Head,
         num_classes: int,
+        background_rows: int = 1,
         positive_iou: float = 0.5,
         num_samples: int = 512,
         positive_fraction: float = 0.25,
         class_agnostic: bool = False,
         box_weights: box_ops.Weights = (10.0, 10.0, 5.0, 5.0),
+        box_loss: BoxLoss = "smooth_l1",
         smooth_l1_beta: float = 0.0,
+        box_loss_weight: float = 1.0,
+        delta_clamp: box_ops.DeltaClamp = "upper",
         score_thresh: float = 0.05,
         nms_thresh: float = 0.5,
         detections_per_image: int = 100,
@@ -95,8 +146,8 @@ class RoIHead(nn.Module):
         super().__init__()
         self.pooler = pooler
         self.box_head = box_head
-        self.class_logits = nn.Linear(fc_dim, num_classes + 1)
-        self.box_deltas = nn.Linear(fc_dim, 4 if class_agnostic else 4 * num_classes)
+        self.class_logits = nn.Linear(box_head.out_channels, num_classes + background_rows)
+        self.box_deltas = nn.Linear(box_head.out_channels, 4 if class_agnostic else 4 * num_classes)
         nn.init.normal_(self.class_logits.weight, std=0.01)
         nn.init.normal_(self.box_deltas.weight, std=0.001)
         nn.init.zeros_(self.class_logits.bias)
@@ -106,11 +157,29 @@ class RoIHead(nn.Module):
         self.num_samples = num_samples
         self.positive_fraction = positive_fraction
         self.box_weights = box_weights
+        self.box_loss = box_loss
         self.smooth_l1_beta = smooth_l1_beta
+        self.box_loss_weight = box_loss_weight
+        self.delta_clamp: box_ops.DeltaClamp = delta_clamp
         self.score_thresh = score_thresh
         self.nms_thresh = nms_thresh
         self.detections_per_image = detections_per_image
         self.min_size = min_size
+
+    def losses(
+        self, features: Sequence[Tensor], proposals: Proposals, targets: Targets, sizes: Tensor
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Losses `roi_class`, `roi_box` and statistics `roi_positives` (per image) of a step.
+
+        Args:
+            features: (N, C, h_i, w_i) per level.
+            proposals: regions to sample from.
+            targets: ground truth.
+            sizes: (N, 2) (h, w) of the images without padding.
+        """
+        samples = self.sample(proposals, targets)
+        logits, deltas = self(features, samples.boxes)
+        return self.loss(logits, deltas, samples), {"roi_positives": self.count_positives(samples)}
 
     @torch.no_grad()
     def sample(self, proposals: Proposals, targets: Targets) -> RoISamples:
@@ -120,19 +189,35 @@ class RoIHead(nn.Module):
         """
         boxes = torch.cat([proposals.boxes, targets.boxes], dim=1)
         usable = torch.cat([proposals.valid, targets.valid], dim=1)
-        matches = match(boxes, targets)
-        positive = (matches.iou >= self.positive_iou) & usable
-        index, is_positive, valid = sample(
+        every = self.label(boxes, usable, targets)
+        positive = usable & (every.labels < self.num_classes)
+        index, _, valid = sample(
             positive, usable & ~positive, num=self.num_samples, positive_fraction=self.positive_fraction
         )
-        boxes = boxes.gather(1, index[:, :, None].expand(-1, -1, 4))
+        box_index = index[:, :, None].expand(-1, -1, 4)
+        return RoISamples(
+            boxes=boxes.gather(1, box_index) * valid[:, :, None],
+            labels=torch.where(valid, every.labels.gather(1, index), self.num_classes),
+            gt_boxes=every.gt_boxes.gather(1, box_index) * valid[:, :, None],
+            valid=valid,
+        )
+
+    @torch.no_grad()
+    def label(self, boxes: Tensor, valid: Tensor, targets: Targets) -> RoISamples:
+        """Match all of `boxes` (N, S, 4) with the ground truth, without sampling; `valid` (N, S) says which count."""
+        matches = match(boxes, targets)
+        is_positive = (matches.iou >= self.positive_iou) & valid
         if targets.boxes.shape[1] == 0:
-            labels, gt_boxes = torch.full_like(index, self.num_classes), torch.zeros_like(boxes)
+            labels, gt_boxes = torch.full_like(matches.gt_index, self.num_classes), torch.zeros_like(boxes)
         else:
-            gt_index = matches.gt_index.gather(1, index)
-            labels = torch.where(is_positive, targets.labels.gather(1, gt_index), self.num_classes)
-            gt_boxes = targets.boxes.gather(1, gt_index[:, :, None].expand(-1, -1, 4)) * is_positive[:, :, None]
-        return RoISamples(boxes=boxes * valid[:, :, None], labels=labels, gt_boxes=gt_boxes, valid=valid)
+            labels = torch.where(is_positive, targets.labels.gather(1, matches.gt_index), self.num_classes)
+            gt_boxes = targets.boxes.gather(1, matches.gt_index[:, :, None].expand(-1, -1, 4))
+            gt_boxes = gt_boxes * is_positive[:, :, None]
+        return RoISamples(boxes=boxes, labels=labels, gt_boxes=gt_boxes, valid=valid)
+
+    def count_positives(self, samples: RoISamples) -> Tensor:
+        """Mean number of positives per image."""
+        return (samples.labels < self.num_classes).sum(1).float().mean()
 
     def forward(self, features: Sequence[Tensor], boxes: Tensor) -> tuple[Tensor, Tensor]:
         """Class logits and deltas of each box.
@@ -142,27 +227,32 @@ class RoIHead(nn.Module):
             boxes: (N, S, 4) float32 XYXY.
 
         Returns:
-            logits: (N, S, K + 1) float32, background last.
+            logits: (N, S, K + background_rows) float32, background last.
             deltas: (N, S, K, 4) float32, or (N, S, 1, 4) if class-agnostic.
         """
         n, s = boxes.shape[:2]
         hidden = self.box_head(self.pooler(features, boxes))
         logits, deltas = self.class_logits(hidden), self.box_deltas(hidden)
-        return logits.float().view(n, s, self.num_classes + 1), deltas.float().view(n, s, deltas.shape[1] // 4, 4)
+        return logits.float().unflatten(0, (n, s)), deltas.float().view(n, s, deltas.shape[1] // 4, 4)
 
     def loss(self, logits: Tensor, deltas: Tensor, samples: RoISamples) -> dict[str, Tensor]:
-        """Cross-entropy and (smooth) L1 of the positives, both divided by the number of sampled RoIs."""
+        """Cross-entropy, and box loss of the positives, both divided by the number of sampled RoIs."""
         num_sampled = samples.valid.sum().clamp(min=1)
         labels = torch.where(samples.valid, samples.labels, -100)  # cross_entropy ignores -100
         classification = cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="sum")
         is_positive = samples.valid & (samples.labels < self.num_classes)
         delta_index = samples.labels.clamp(max=deltas.shape[2] - 1)[:, :, None, None].expand(-1, -1, 1, 4)
         pred = deltas.gather(2, delta_index).squeeze(2)
-        target = box_ops.encode(samples.gt_boxes, samples.boxes, self.box_weights)
-        target = torch.where(is_positive[:, :, None], target, 0)
-        box = smooth_l1_loss(pred, target, beta=self.smooth_l1_beta, reduction="none")
-        box = (box * is_positive[:, :, None]).sum()
-        return {"roi_class": classification / num_sampled, "roi_box": box / num_sampled}
+        box = box_loss(
+            pred,
+            samples.boxes,
+            samples.gt_boxes,
+            is_positive,
+            kind=self.box_loss,
+            beta=self.smooth_l1_beta,
+            weights=self.box_weights,
+        )
+        return {"roi_class": classification / num_sampled, "roi_box": self.box_loss_weight * box / num_sampled}
 
     @torch.no_grad()
     def predict(self, features: Sequence[Tensor], proposals: Proposals, sizes: Tensor) -> list[Detections]:
@@ -177,14 +267,91 @@ class RoIHead(nn.Module):
             N detections in the frame of the features' images.
         """
         logits, deltas = self(features, proposals.boxes)
-        scores = softmax(logits, dim=-1)[..., :-1]  # (N, P, K)
-        boxes = box_ops.decode(deltas, proposals.boxes[:, :, None], self.box_weights)
-        boxes = box_ops.clip(boxes, sizes[:, None, None]).expand(-1, -1, self.num_classes, -1)
-        valid = (scores > self.score_thresh) & proposals.valid[:, :, None] & box_ops.nonempty(boxes, self.min_size)
+        return self.select(self.scores(logits), self.decode(deltas, proposals.boxes, sizes), proposals.valid)
+
+    def scores(self, logits: Tensor) -> Tensor:
+        """(N, S, K + background_rows) logits -> (N, S, K) probabilities of the classes."""
+        return softmax(logits, dim=-1)[..., : self.num_classes]
+
+    def decode(self, deltas: Tensor, boxes: Tensor, sizes: Tensor) -> Tensor:
+        """(N, S, K or 1, 4) deltas of (N, S, 4) boxes -> (N, S, K or 1, 4) boxes, clipped to the images."""
+        decoded = box_ops.decode(deltas, boxes[:, :, None], self.box_weights, delta_clamp=self.delta_clamp)
+        return box_ops.clip(decoded, sizes[:, None, None])
+
+    def select(self, scores: Tensor, boxes: Tensor, valid: Tensor) -> list[Detections]:
+        """Threshold, NMS within each class, and the best `detections_per_image`.
+
+        Args:
+            scores: (N, P, K).
+            boxes: (N, P, K or 1, 4) XYXY.
+            valid: (N, P) bool, which proposals count.
+        """
+        boxes = boxes.expand(-1, -1, self.num_classes, -1)
+        kept = (scores > self.score_thresh) & valid[:, :, None] & box_ops.nonempty(boxes, self.min_size)
         labels = torch.arange(self.num_classes, device=scores.device).expand_as(scores)
-        boxes, scores, labels, valid = (x.flatten(1, 2) for x in (boxes, scores, labels, valid))
+        boxes, scores, labels, kept = (x.flatten(1, 2) for x in (boxes, scores, labels, kept))
         index, kept = grouped_nms(
-            boxes, scores, labels, valid, iou_thresh=self.nms_thresh, top_k=self.detections_per_image
+            boxes, scores, labels, kept, iou_thresh=self.nms_thresh, top_k=self.detections_per_image
         )
         keep = [index[i, kept[i]] for i in range(len(boxes))]
         return [Detections(boxes=boxes[i, k], scores=scores[i, k], labels=labels[i, k]) for i, k in enumerate(keep)]
+
+
+class CascadeRoIHead(nn.Module):
+    """Heads in a row, each trained on the boxes that the one before refined, at a higher IoU (arXiv 1712.00726).
+
+    Args:
+        stages: the heads; the last one's thresholds select the detections.
+        loss_weights: of the stages.
+    """
+
+    def __init__(self, *, stages: Sequence[RoIHead], loss_weights: Sequence[float]) -> None:
+        super().__init__()
+        assert len(stages) == len(loss_weights)
+        self.stages = nn.ModuleList(stages)
+        self.loss_weights = tuple(loss_weights)
+
+    @property
+    def heads(self) -> list[RoIHead]:
+        """The stages."""
+        return list(self.stages)  # type: ignore[arg-type]
+
+    def losses(
+        self, features: Sequence[Tensor], proposals: Proposals, targets: Targets, sizes: Tensor
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """As of `RoIHead`, for each stage: `roi_class_1`, ..."""
+        losses: dict[str, Tensor] = {}
+        stats: dict[str, Tensor] = {}
+        samples = self.heads[0].sample(proposals, targets)
+        for i, (head, weight) in enumerate(zip(self.heads, self.loss_weights, strict=True), start=1):
+            logits, deltas = head(features, samples.boxes)
+            losses |= {f"{k}_{i}": weight * loss for k, loss in head.loss(logits, deltas, samples).items()}
+            stats[f"roi_positives_{i}"] = head.count_positives(samples)
+            for successor in self.heads[i : i + 1]:  # sampled once: it trains on all of the refined boxes
+                boxes = self.refine(head, logits, deltas, samples.boxes, sizes)
+                valid = samples.valid & box_ops.nonempty(boxes)
+                samples = successor.label(boxes * valid[:, :, None], valid, targets)
+        return losses, stats
+
+    @torch.no_grad()
+    def predict(self, features: Sequence[Tensor], proposals: Proposals, sizes: Tensor) -> list[Detections]:
+        """Detections of each image: the boxes of the last stage, the mean scores of all (section 4.1).
+
+        Args and result as of `RoIHead.predict`.
+        """
+        boxes, scores = proposals.boxes, []
+        for head in self.heads:
+            reference = boxes
+            logits, deltas = head(features, reference)
+            scores.append(head.scores(logits))
+            boxes = self.refine(head, logits, deltas, reference, sizes)
+        decoded = head.decode(deltas, reference, sizes)
+        return head.select(torch.stack(scores).mean(0), decoded, proposals.valid)
+
+    @staticmethod
+    @torch.no_grad()
+    def refine(head: RoIHead, logits: Tensor, deltas: Tensor, boxes: Tensor, sizes: Tensor) -> Tensor:
+        """(N, S, 4) boxes of the likeliest class (background aside) for the next stage, detached."""
+        likeliest = logits[..., : head.num_classes].argmax(-1).clamp(max=deltas.shape[2] - 1)
+        index = likeliest[:, :, None, None].expand(-1, -1, 1, 4)
+        return head.decode(deltas.gather(2, index), boxes, sizes).squeeze(2)

@@ -22,6 +22,8 @@ class MultiLevelRoIAlign(nn.Module):
         aligned: whether pixel centres lie at +0.5 (RoIAlign as corrected in Detectron2).
         canonical_level: k0, the level of a RoI of `canonical_size`.
         canonical_size: in pixels.
+        level_eps: added to sqrt(w * h) / canonical_size; Detectron2 has 1e-8, MMDetection what equals 2.5e-7.
+        level_bias: added after the logarithm; torchvision has 1e-6.
     """
 
     def __init__(
@@ -33,6 +35,8 @@ class MultiLevelRoIAlign(nn.Module):
         aligned: bool = True,
         canonical_level: int = 4,
         canonical_size: float = 224,
+        level_eps: float = 0.0,
+        level_bias: float = 0.0,
     ) -> None:
         super().__init__()
         self.strides = tuple(strides)
@@ -44,11 +48,14 @@ class MultiLevelRoIAlign(nn.Module):
         self.aligned = aligned
         self.canonical_level = canonical_level
         self.canonical_size = canonical_size
+        self.level_eps = level_eps
+        self.level_bias = level_bias
 
     def assign_levels(self, boxes: Tensor) -> Tensor:
         """Position in `strides` of the level of each box: (..., 4) float32 XYXY -> (...,) int64."""
         size = (boxes[..., 2:] - boxes[..., :2]).clamp(min=0).prod(dim=-1).sqrt()
-        level = torch.floor(self.canonical_level + torch.log2(size / self.canonical_size))
+        level = self.canonical_level + torch.log2(size / self.canonical_size + self.level_eps)
+        level = torch.floor(level + self.level_bias)
         return (level - self.min_level).clamp(min=0, max=len(self.strides) - 1).to(torch.int64)
 
     def forward(self, features: Sequence[Tensor], boxes: Tensor) -> Tensor:

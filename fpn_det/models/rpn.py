@@ -1,6 +1,7 @@
 """Region Proposal Network over a pyramid (arXiv 1506.01497, section 3.1; arXiv 1612.03144, section 4.1).
 
-One head serves all levels. Three verbs: `forward` computes, `loss` compares with samples, `propose` decodes.
+One head serves all levels, or each has its own. Three verbs: `forward` computes, `loss` compares with samples,
+`propose` decodes; `losses` and `predict` are the three in a row, for training and for use.
 
 Dimensions: N images, A anchors (A_l of a level, A of all), S sampled anchors per image, P proposals per image.
 """
@@ -12,10 +13,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import binary_cross_entropy_with_logits, smooth_l1_loss
+from torch.nn.functional import binary_cross_entropy_with_logits
 
 from fpn_det import boxes as box_ops
 from fpn_det.models.anchors import Anchors
+from fpn_det.models.box_loss import BoxLoss, box_loss
 from fpn_det.models.matching import match, sample
 from fpn_det.models.nms import grouped_nms
 from fpn_det.structures import Proposals, Targets
@@ -29,40 +31,64 @@ class AnchorSamples:
         index: (N, S) int64 into the anchors of all levels.
         is_positive: (N, S) bool.
         valid: (N, S) bool.
-        deltas: (N, S, 4) float32, from the anchor to its ground truth; zeros unless positive.
+        anchors: (N, S, 4) float32 XYXY.
+        gt_boxes: (N, S, 4) float32 XYXY, the matched ground truth; the anchor itself unless positive.
     """
 
     index: Tensor
     is_positive: Tensor
     valid: Tensor
-    deltas: Tensor
+    anchors: Tensor
+    gt_boxes: Tensor
 
 
 class RPNHead(nn.Module):
-    """3x3 convolution and ReLU, then an objectness logit and four deltas per anchor, shared by all levels.
+    """3x3 convolutions with ReLU, then an objectness logit and four deltas per anchor; one for all levels.
 
     Args:
-        channels: of every level.
+        in_channels: of every level.
         num_anchors: per location.
+        channels: of the 3x3 convolutions; `in_channels` if None.
+        num_convs: how many of them.
     """
 
-    def __init__(self, *, channels: int, num_anchors: int) -> None:
+    def __init__(self, *, in_channels: int, num_anchors: int, channels: int | None = None, num_convs: int = 1) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, kernel_size=3, padding=1)
-        self.objectness = nn.Conv2d(channels, num_anchors, kernel_size=1)
-        self.deltas = nn.Conv2d(channels, num_anchors * 4, kernel_size=1)
-        for conv in (self.conv, self.objectness, self.deltas):
+        channels = channels or in_channels
+        widths = [in_channels, *[channels] * num_convs]
+        self.convs = nn.ModuleList(nn.Conv2d(widths[i], channels, 3, padding=1) for i in range(num_convs))
+        self.objectness = nn.Conv2d(widths[-1], num_anchors, kernel_size=1)
+        self.deltas = nn.Conv2d(widths[-1], num_anchors * 4, kernel_size=1)
+        for conv in (*self.convs, self.objectness, self.deltas):
             nn.init.normal_(conv.weight, std=0.01)
-            conv.bias.data.zero_()  # type: ignore[union-attr]
+            nn.init.zeros_(conv.bias)
 
     def forward(self, features: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        """Per level: (N, A_l) logits and (N, A_l, 4) deltas, in the order (row, column, ratio) of the anchors."""
+        """Per level: (N, A_l) logits and (N, A_l, 4) deltas, in the order (row, column, anchor) of the anchors."""
         logits, deltas = [], []
-        for feature in features:
-            hidden = self.conv(feature).relu()
-            logits.append(self.objectness(hidden).permute(0, 2, 3, 1).flatten(1))
-            deltas.append(self.deltas(hidden).permute(0, 2, 3, 1).reshape(len(feature), -1, 4))
+        for x in features:
+            for conv in self.convs:
+                x = conv(x).relu()
+            logits.append(self.objectness(x).permute(0, 2, 3, 1).flatten(1))
+            deltas.append(self.deltas(x).permute(0, 2, 3, 1).reshape(len(x), -1, 4))
         return logits, deltas
+
+
+class UnsharedRPNHead(nn.Module):
+    """A head of its own for each level (arXiv 1612.03144, section 4.1, last paragraph).
+
+    Args:
+        heads: one per level.
+    """
+
+    def __init__(self, heads: Sequence[RPNHead]) -> None:
+        super().__init__()
+        self.levels = nn.ModuleList(heads)
+
+    def forward(self, features: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """As of `RPNHead`."""
+        outputs = [head([x]) for head, x in zip(self.levels, features, strict=True)]
+        return [logits for (logits,), _ in outputs], [deltas for _, (deltas,) in outputs]
 
 
 class RPN(nn.Module):
@@ -74,7 +100,8 @@ class RPN(nn.Module):
         positive_iou, negative_iou: anchors from / below this IoU are positive / negative; those between are ignored.
         min_match_iou: the best anchors of a ground truth are positive too if they overlap it by this much.
         num_samples, positive_fraction: anchors per image that a step trains on, and the largest share of positives.
-        smooth_l1_beta: where the box loss turns from quadratic to linear; 0 is L1.
+        box_loss, smooth_l1_beta, box_loss_weight: kind of box loss, see `fpn_det.models.box_loss`, and its weight.
+        delta_clamp: on which sides the predicted dw and dh are clamped.
         pre_nms_top_k_train, pre_nms_top_k_test: best anchors per level that enter NMS.
         post_nms_top_k_train, post_nms_top_k_test: P, proposals per image over all levels.
         nms_thresh: IoU of NMS, within each level.
@@ -84,14 +111,17 @@ class RPN(nn.Module):
     def __init__(
         self,
         *,
-        head: RPNHead,
+        head: RPNHead | UnsharedRPNHead,
         anchors: Anchors,
         positive_iou: float = 0.7,
         negative_iou: float = 0.3,
         min_match_iou: float = 0.0,
         num_samples: int = 256,
         positive_fraction: float = 0.5,
+        box_loss: BoxLoss = "smooth_l1",
         smooth_l1_beta: float = 0.0,
+        box_loss_weight: float = 1.0,
+        delta_clamp: box_ops.DeltaClamp = "upper",
         pre_nms_top_k_train: int = 2000,
         pre_nms_top_k_test: int = 1000,
         post_nms_top_k_train: int = 1000,
@@ -107,7 +137,10 @@ class RPN(nn.Module):
         self.min_match_iou = min_match_iou
         self.num_samples = num_samples
         self.positive_fraction = positive_fraction
+        self.box_loss = box_loss
         self.smooth_l1_beta = smooth_l1_beta
+        self.box_loss_weight = box_loss_weight
+        self.delta_clamp: box_ops.DeltaClamp = delta_clamp
         self.pre_nms_top_k = {True: pre_nms_top_k_train, False: pre_nms_top_k_test}
         self.post_nms_top_k = {True: post_nms_top_k_train, False: post_nms_top_k_test}
         self.nms_thresh = nms_thresh
@@ -119,6 +152,21 @@ class RPN(nn.Module):
         anchors = self.anchors([(f.shape[-2], f.shape[-1]) for f in features])
         return [x.float() for x in logits], [x.float() for x in deltas], anchors
 
+    def losses(
+        self, features: Sequence[Tensor], targets: Targets, sizes: Tensor
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor], Proposals]:
+        """Losses `rpn_objectness`, `rpn_box`, statistics `rpn_positives` (per image), and the proposals of a step."""
+        logits, deltas, anchors = self(features)
+        samples = self.sample(anchors, targets)
+        proposals = self.propose(logits, deltas, anchors, sizes)
+        return self.loss(logits, deltas, samples), {"rpn_positives": self.count_positives(samples)}, proposals
+
+    @torch.no_grad()
+    def predict(self, features: Sequence[Tensor], sizes: Tensor) -> Proposals:
+        """The proposals in images of `sizes` (N, 2) without padding."""
+        logits, deltas, anchors = self(features)
+        return self.propose(logits, deltas, anchors, sizes)
+
     @torch.no_grad()
     def sample(self, anchors: Sequence[Tensor], targets: Targets) -> AnchorSamples:
         """Match the anchors of all levels with the ground truth and choose some at random."""
@@ -129,17 +177,19 @@ class RPN(nn.Module):
         index, is_positive, valid = sample(
             positive, negative, num=self.num_samples, positive_fraction=self.positive_fraction
         )
-        if targets.boxes.shape[1] == 0:
-            deltas = torch.zeros((*index.shape, 4), device=index.device)
-        else:
+        sampled = gt_boxes = all_anchors[index]
+        if targets.boxes.shape[1] > 0:
             gt_index = matches.gt_index.gather(1, index)
             gt_boxes = targets.boxes.gather(1, gt_index[:, :, None].expand(-1, -1, 4))
-            deltas = box_ops.encode(gt_boxes, all_anchors[index])
-            deltas = torch.where(is_positive[:, :, None], deltas, 0)
-        return AnchorSamples(index=index, is_positive=is_positive, valid=valid, deltas=deltas)
+            gt_boxes = torch.where(is_positive[:, :, None], gt_boxes, sampled)
+        return AnchorSamples(index=index, is_positive=is_positive, valid=valid, anchors=sampled, gt_boxes=gt_boxes)
+
+    def count_positives(self, samples: AnchorSamples) -> Tensor:
+        """Mean number of positives per image."""
+        return samples.is_positive.sum(1).float().mean()
 
     def loss(self, logits: Sequence[Tensor], deltas: Sequence[Tensor], samples: AnchorSamples) -> dict[str, Tensor]:
-        """Binary cross-entropy and (smooth) L1 over the samples, both divided by N * `num_samples`.
+        """Binary cross-entropy and box loss over the samples, both divided by N * `num_samples`.
 
         A constant divisor: an image with few samples weighs as little as it knows.
         """
@@ -149,10 +199,16 @@ class RPN(nn.Module):
         objectness = binary_cross_entropy_with_logits(
             picked_logits, samples.is_positive.float(), weight=samples.valid.float(), reduction="sum"
         )
-        box = smooth_l1_loss(picked_deltas, samples.deltas, beta=self.smooth_l1_beta, reduction="none")
-        box = (box * samples.is_positive[:, :, None]).sum()
+        box = box_loss(
+            picked_deltas,
+            samples.anchors,
+            samples.gt_boxes,
+            samples.is_positive,
+            kind=self.box_loss,
+            beta=self.smooth_l1_beta,
+        )
         divisor = self.num_samples * len(index)
-        return {"rpn_objectness": objectness / divisor, "rpn_box": box / divisor}
+        return {"rpn_objectness": objectness / divisor, "rpn_box": self.box_loss_weight * box / divisor}
 
     @torch.no_grad()
     def propose(
@@ -171,7 +227,8 @@ class RPN(nn.Module):
             top_k = min(self.pre_nms_top_k[self.training], logit.shape[1])
             top_logit, index = logit.detach().topk(top_k, dim=1)
             top_delta = delta.detach().gather(1, index[:, :, None].expand(-1, -1, 4))
-            level_boxes.append(box_ops.clip(box_ops.decode(top_delta, anchor[index]), sizes[:, None]))
+            top_boxes = box_ops.decode(top_delta, anchor[index], delta_clamp=self.delta_clamp)
+            level_boxes.append(box_ops.clip(top_boxes, sizes[:, None]))
             level_logits.append(top_logit)
             level_ids.append(torch.full_like(index, level))
         boxes, all_logits, groups = torch.cat(level_boxes, 1), torch.cat(level_logits, 1), torch.cat(level_ids, 1)

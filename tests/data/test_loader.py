@@ -15,6 +15,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import redirect_stderr
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ from fpn_det.data.loader import (
     collate,
     make_loader,
 )
+from fpn_det.data.proposals import FixedProposals, ImageProposals, read_proposals, write_proposals
 from fpn_det.data.transforms import TestTransform, TrainTransform
 from fpn_det.structures import Batch, InputError, Sample
 
@@ -219,8 +221,48 @@ def test_collate_without_any_box() -> None:
     assert batch.targets.labels.shape == batch.targets.valid.shape == (2, 0)
 
 
+def test_collate_keeps_float_images() -> None:
+    halves = replace(sample(33, 20, 1), image=torch.full((3, 33, 20), 0.5))
+    images = collate([halves, halves]).images
+    assert images.dtype == torch.float32
+    assert images[:, :, :33, :20].eq(0.5).all()
+
+
 def test_collate_to_another_divisor() -> None:
     assert collate([sample(65, 128, 1)], size_divisor=64).images.shape == (1, 3, 128, 128)
+
+
+def with_proposals(before: Sample, count: int) -> Sample:
+    scores = torch.rand(count).sort(descending=True).values
+    return replace(before, proposals=torch.rand(count, 4) + 1, proposal_scores=scores)
+
+
+def test_collate_pads_proposals_apart_from_boxes() -> None:
+    samples = [with_proposals(sample(9, 9, g), p) for g, p in ((4, 2), (0, 0), (1, 5))]
+    batch = collate(samples)
+    proposals = batch.proposals
+    assert proposals is not None
+    assert batch.targets.boxes.shape == (3, 4, 4)
+    assert (proposals.boxes.shape, proposals.scores.shape, proposals.valid.shape) == ((3, 5, 4), (3, 5), (3, 5))
+    assert (proposals.boxes.dtype, proposals.scores.dtype, proposals.valid.dtype) == (
+        torch.float32,
+        torch.float32,
+        torch.bool,
+    )
+    assert proposals.valid.tolist() == [[True, True, False, False, False], [False] * 5, [True] * 5]
+    for i, s in enumerate(samples):
+        assert torch.equal(proposals.boxes[i][proposals.valid[i]], s.proposals)
+        assert torch.equal(proposals.scores[i][proposals.valid[i]], s.proposal_scores)
+    assert proposals.boxes[~proposals.valid].count_nonzero() == 0
+    assert proposals.scores[~proposals.valid].count_nonzero() == 0
+
+
+def test_collate_without_any_proposal() -> None:
+    """None of them fixed is not the same as fixed and none of them."""
+    assert collate([sample(9, 9, 1), sample(9, 9, 2)]).proposals is None
+    proposals = collate([with_proposals(sample(9, 9, 1), 0)] * 2).proposals
+    assert proposals is not None
+    assert (proposals.boxes.shape, proposals.scores.shape, proposals.valid.shape) == ((2, 0, 4), (2, 0), (2, 0))
 
 
 # End to end
@@ -287,6 +329,50 @@ def test_test_batches_in_a_persistent_loader_can_be_read_again(annotations: Coco
             assert batch.original_sizes[i].tolist() == [h, w]
             scale = torch.tensor([batch.sizes[i, 1] / w, batch.sizes[i, 0] / h]).repeat(2)
             torch.testing.assert_close(batch.targets.boxes[i][batch.targets.valid[i]], boxes * scale)
+
+
+@pytest.fixture
+def proposals(annotations: CocoAnnotations, tmp_path: Path) -> FixedProposals:
+    """The boxes of every image as its proposals, which then must coincide with the targets."""
+    images = []
+    for index, image_id in enumerate(annotations.image_ids.tolist()):
+        h, w = annotations.sizes[index].tolist()
+        boxes, _ = annotations.targets(index)
+        scores = torch.linspace(1, 0.5, len(boxes))
+        images.append(ImageProposals.encode(image_id=image_id, size=(h, w), boxes=boxes, scores=scores))
+    write_proposals(tmp_path / "p.npz", images, config="", checkpoint_sha256="")
+    return read_proposals(tmp_path / "p.npz")
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_fixed_proposals_come_with_their_image(
+    annotations: CocoAnnotations, proposals: FixedProposals, num_workers: int
+) -> None:
+    """Through resizing and mirroring, whatever the order of the images, and without the images that are left out."""
+    data = annotations.without_empty()
+    assert len(data) < len(annotations)
+    loader = make_loader(
+        DetectionDataset(data, TRAIN, proposals),
+        TrainSampler(data.sizes, batch_size=4, seed=5),
+        num_workers=num_workers,
+        pin_memory=False,
+    )
+    seen = 0
+    for batch in itertools.islice(loader, 10):
+        assert torch.equal(batch.proposals.valid, batch.targets.valid)
+        torch.testing.assert_close(batch.proposals.boxes, batch.targets.boxes, atol=2e-3, rtol=0)
+        assert (batch.proposals.scores.diff() <= 0).all()
+        seen += batch.proposals.valid.sum()
+    assert seen > 100
+
+
+def test_fixed_proposals_of_other_images_are_refused(annotations: CocoAnnotations, proposals: FixedProposals) -> None:
+    other = replace(annotations, image_ids=annotations.image_ids + 1)
+    with pytest.raises(InputError, match=rf"no proposals for 1 of the 10 images of {annotations.source} \(ids 101\)"):
+        DetectionDataset(other, TRAIN, proposals)
+    turned = replace(annotations, sizes=annotations.sizes.flip(1))
+    with pytest.raises(InputError, match="made for other images: image 100 was 40x64"):
+        DetectionDataset(turned, TRAIN, proposals)
 
 
 def test_a_process_without_a_share_gets_no_batch(annotations: CocoAnnotations) -> None:

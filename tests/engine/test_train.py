@@ -19,7 +19,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from fpn_det import build
 from fpn_det.config import load_config
 from fpn_det.engine.distributed import Process
-from fpn_det.engine.evaluate import evaluate
+from fpn_det.engine.evaluate import View, evaluate
 from fpn_det.engine.runlog import RunLog
 from fpn_det.engine.train import Window, format_seconds, step_seed, train
 from fpn_det.structures import Batch, InputError, Targets
@@ -262,7 +262,7 @@ def test_four_images_are_learned_by_heart(shapes, tiny, tmp_path):
         for key in (f"annotations={annotations}", f"images={shapes / 'train'}")
     ]
     overrides += ["data.horizontal_flip=0", "train.steps=180", "optim.lr=1e-3", "optim.scale_lr=false"]
-    overrides += ["optim.warmup_steps=5", "model.neck.channels=64", "model.roi_head.fc_dim=128"]
+    overrides += ["optim.warmup_steps=5", "model.neck.channels=64", "model.roi_head.box_head.fc_dim=128"]
     overrides += ["model.rpn.pre_nms_top_k_train=100", "model.rpn.pre_nms_top_k_test=100"]
     overrides += ["model.roi_head.num_samples=64", "data.group_by_aspect=false", "eval.batch_size=4"]
     config = load_config(Path(tiny[1]), [*tiny[2:], *overrides])
@@ -289,10 +289,11 @@ def test_four_images_are_learned_by_heart(shapes, tiny, tmp_path):
         )
     evaluated = evaluate(
         model,
-        build.build_val_loader(config, build.load_val_data(config)),
+        [View(batches=build.build_val_loader(config, build.load_val_data(config)))],
         annotations=annotations,
         categories=data.categories,
         backend="pycocotools",
+        nms_thresh=0.5,
         max_detections=100,
         precision="fp32",
         process=Process(),

@@ -11,7 +11,7 @@ from fpn_det.models.anchors import Anchors
 from fpn_det.models.backbone import ResNet
 from fpn_det.models.faster_rcnn import FasterRCNN
 from fpn_det.models.fpn import FPN
-from fpn_det.models.roi_head import RoIHead, TwoFCHead
+from fpn_det.models.roi_head import ConvFCHead, RoIHead
 from fpn_det.models.roi_pool import MultiLevelRoIAlign
 from fpn_det.models.rpn import RPN, RPNHead
 from fpn_det.structures import Batch, Targets
@@ -101,15 +101,16 @@ def make_model() -> Callable[..., FasterRCNN]:
     ) -> FasterRCNN:
         body = body or TinyBody()
         neck = FPN(in_channels=body.channels, channels=CHANNELS, strides=body.strides)
-        cells = {"sizes": (16, 32, 64, 128, 256), "ratios": (0.5, 1, 2), "strides": neck.strides} | (anchors or {})
+        cells = {"sizes": ((16,), (32,), (64,), (128,), (256,)), "ratios": (0.5, 1, 2), "strides": neck.strides} | (
+            anchors or {}
+        )
         return FasterRCNN(
             backbone=body,
             neck=neck,
-            rpn=RPN(head=RPNHead(channels=CHANNELS, num_anchors=3), anchors=Anchors(**cells), **(rpn or {})),
+            rpn=RPN(head=RPNHead(in_channels=CHANNELS, num_anchors=3), anchors=Anchors(**cells), **(rpn or {})),
             roi_head=RoIHead(
                 pooler=MultiLevelRoIAlign(**({"strides": body.strides} | (pooler or {}))),
-                box_head=TwoFCHead(in_channels=CHANNELS, pool_size=7, fc_dim=FC_DIM),
-                fc_dim=FC_DIM,
+                box_head=ConvFCHead(in_channels=CHANNELS, pool_size=7, fc_dim=FC_DIM),
                 num_classes=num_classes,
                 **(roi or {}),
             ),

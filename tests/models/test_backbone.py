@@ -4,9 +4,12 @@ import pytest
 import torch
 import torchvision
 from torch import nn
+from torch.nn.functional import conv2d
+from torchvision.models.resnet import BasicBlock, Bottleneck
 from torchvision.ops import FrozenBatchNorm2d
 
-from fpn_det.models.backbone import ResNet, read_classifier
+from fpn_det.models.backbone import BODIES, Layer4, ResNet, read_classifier
+from fpn_det.models.roi_head import Res5Head
 from fpn_det.structures import InputError
 
 
@@ -33,9 +36,137 @@ def test_declared_channels_and_strides(name: str, channels: tuple[int, ...]) -> 
         assert feature.shape == (1, c, -(-65 // stride), -(-97 // stride))
 
 
-def test_bottleneck_strides_in_the_3x3() -> None:
-    body = ResNet(name="resnet50", norm="frozen_bn", frozen_stages=0)
-    assert (body.layer2[0].conv1.stride, body.layer2[0].conv2.stride) == ((1, 1), (2, 2))
+# name: block, blocks per stage, groups and channels of the first 3x3 convolution, channels of C5
+KNOWN = {
+    "resnet18": (BasicBlock, [2, 2, 2, 2], 1, 64, 512),
+    "resnet26": (Bottleneck, [2, 2, 2, 2], 1, 64, 2048),
+    "resnet34": (BasicBlock, [3, 4, 6, 3], 1, 64, 512),
+    "resnet50": (Bottleneck, [3, 4, 6, 3], 1, 64, 2048),
+    "resnet101": (Bottleneck, [3, 4, 23, 3], 1, 64, 2048),
+    "resnet152": (Bottleneck, [3, 8, 36, 3], 1, 64, 2048),
+    "resnext50_32x4d": (Bottleneck, [3, 4, 6, 3], 32, 128, 2048),
+    "resnext101_32x4d": (Bottleneck, [3, 4, 23, 3], 32, 128, 2048),
+    "resnext101_32x8d": (Bottleneck, [3, 4, 23, 3], 32, 256, 2048),
+    "resnext101_64x4d": (Bottleneck, [3, 4, 23, 3], 64, 256, 2048),
+    "wide_resnet50_2": (Bottleneck, [3, 4, 6, 3], 1, 128, 2048),
+    "wide_resnet101_2": (Bottleneck, [3, 4, 23, 3], 1, 128, 2048),
+}
+
+
+@pytest.mark.parametrize("name", BODIES)
+def test_every_body(name: str) -> None:
+    """By the papers' tables, and tensor by tensor where torchvision has the body."""
+    block, blocks, groups, width, channels = KNOWN[name]
+    with torch.device("meta"):  # shapes alone
+        body = ResNet(name=name, norm="bn", frozen_stages=0)
+        features = body(torch.zeros(1, 3, 65, 97))
+    stages = [body.layer1, body.layer2, body.layer3, body.layer4]
+    assert [len(stage) for stage in stages] == blocks
+    assert {type(b) for stage in stages for b in stage} == {block}
+    assert (body.layer1[0].conv2.groups, body.layer1[0].conv2.out_channels) == (groups, width)
+    assert body.channels == tuple(channels // i for i in (8, 4, 2, 1))
+    assert [f.shape[1] for f in features] == list(body.channels)
+    if name in torchvision.models.list_models():
+        with torch.device("meta"):
+            theirs = torchvision.models.get_model(name, weights=None).state_dict()
+        renamed = {k.replace("stem.0.", "conv1.").replace("stem.1.", "bn1."): v for k, v in body.state_dict().items()}
+        assert {k: v.shape for k, v in renamed.items()} == {
+            k: v.shape for k, v in theirs.items() if not k.startswith("fc.")
+        }
+
+
+def strides(body: ResNet) -> dict[str, int]:
+    """The convolutions of the stages that have a stride."""
+    convs = {k: m for k, m in body.named_modules() if isinstance(m, nn.Conv2d) and k.startswith("layer")}
+    return {k: m.stride[0] for k, m in convs.items() if m.stride != (1, 1)}
+
+
+@pytest.mark.parametrize(("in_1x1", "conv"), [(False, "conv2"), (True, "conv1")])
+def test_which_convolution_has_the_stride(in_1x1: bool, conv: str) -> None:
+    body = ResNet(name="resnet26", norm="frozen_bn", frozen_stages=0, stride_in_1x1=in_1x1)
+    layers = ("layer2", "layer3", "layer4")
+    assert strides(body) == {f"{x}.0.{c}": 2 for x in layers for c in (conv, "downsample.0")}
+    assert Layer4(name="resnet26", norm="bn", stride_in_1x1=in_1x1).layer4[0].get_submodule(conv).stride == (2, 2)
+    assert [f.shape[-2:] for f in body(torch.randn(1, 3, 65, 97))] == [(17, 25), (9, 13), (5, 7), (3, 4)]
+
+
+def test_stride_in_1x1_by_hand() -> None:
+    """The 1x1 convolution picks every second cell; the 3x3 one then sees neighbours two cells apart."""
+    block = ResNet(name="resnet26", norm="frozen_bn", frozen_stages=0, stride_in_1x1=True).layer2[0]
+    x = torch.randn(1, 256, 7, 9)
+    hidden = conv2d(x[:, :, ::2, ::2], block.conv1.weight).relu()  # the norms are identities
+    hidden = conv2d(hidden, block.conv2.weight, padding=1).relu()
+    shortcut = conv2d(x[:, :, ::2, ::2], block.downsample[0].weight)
+    expected = (conv2d(hidden, block.conv3.weight) + shortcut).relu()
+    torch.testing.assert_close(block(x), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("make", [ResNet, Layer4])
+def test_basic_blocks_have_no_1x1(make: type) -> None:
+    options = {"frozen_stages": 0} if make is ResNet else {}
+    with pytest.raises(ValueError, match="resnet18 has no 1x1 convolution"):
+        make(name="resnet18", norm="bn", stride_in_1x1=True, **options)
+
+
+@pytest.mark.parametrize("norm", ["frozen_bn", "bn", "sync_bn", "gn"])
+def test_norm_eps_reaches_every_norm(norm: str) -> None:
+    for eps in (0.0, 1e-3):
+        body = ResNet(name="resnet18", norm=norm, frozen_stages=0, norm_eps=eps)
+        layer4 = Layer4(name="resnet18", norm=norm, norm_eps=eps)
+        found = [m.eps for x in (body, layer4) for m in x.modules() if "Norm" in type(m).__name__]
+        assert found == [eps] * 25
+    default = ResNet(name="resnet18", norm=norm, frozen_stages=0)
+    assert {m.eps for m in default.modules() if "Norm" in type(m).__name__} == {1e-5}
+
+
+def trained(classifier: torchvision.models.ResNet) -> dict[str, torch.Tensor]:
+    """State of a classifier whose norms do something."""
+    for module in classifier.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, 0.3, 0.9)
+            nn.init.normal_(module.bias, std=0.1)
+            module.running_mean.normal_(std=0.1)
+            module.running_var.uniform_(0.5, 2)
+    return classifier.state_dict()
+
+
+@pytest.mark.parametrize(("name", "in_1x1"), [("resnet18", False), ("resnet26", True)])
+def test_c4_body_and_layer4_are_the_whole_body(name: str, in_1x1: bool) -> None:
+    state = trained(torchvision.models.ResNet(**BODIES[name]))
+    options = {"name": name, "norm": "frozen_bn", "norm_eps": 1e-3, "stride_in_1x1": in_1x1}
+    whole, c4 = ResNet(**options, frozen_stages=2), ResNet(**options, frozen_stages=2, last_stage=4)
+    layer4, head = Layer4(**options), Res5Head(**options)
+    for part in (whole, c4, layer4, head):
+        part.load_classifier(state)
+    assert (c4.strides, c4.channels) == (whole.strides[:3], whole.channels[:3])
+    assert not [k for k in c4.state_dict() if k.startswith("layer4")]
+    images = torch.randn(2, 3, 65, 97)
+    expected, features = whole(images), c4(images)
+    assert len(features) == 3
+    for ours, other in zip(features, expected, strict=False):
+        assert torch.equal(ours, other)
+    assert layer4.out_channels == head.out_channels == whole.channels[3]
+    assert torch.equal(layer4(features[2]), expected[3])
+    torch.testing.assert_close(head(features[2]), expected[3].flatten(2).mean(-1))
+
+
+@pytest.mark.parametrize("frozen_stages", [3, 4, 5])
+def test_frozen_stages_of_a_c4_body(frozen_stages: int) -> None:
+    body = ResNet(name="resnet18", norm="bn", frozen_stages=frozen_stages, last_stage=4)
+    frozen = {name.partition(".")[0] for name, p in body.named_parameters() if not p.requires_grad}
+    assert frozen == {"stem", "layer1", "layer2", "layer3"} - ({"layer3"} if frozen_stages == 3 else set())
+
+
+def test_layer4_refuses_what_does_not_fit(classifier: dict[str, torch.Tensor]) -> None:
+    layer4 = Layer4(name="resnet18", norm="bn")
+    with pytest.raises(ValueError, match=r"missing \['layer4.1.bn2.running_var'\], unexpected \[\]"):
+        layer4.load_classifier(without(classifier))
+    with pytest.raises(ValueError, match=r"unexpected \['head.weight'\]"):
+        layer4.load_classifier(classifier | {"head.weight": torch.zeros(1)})
+    with pytest.raises(ValueError, match=r"unexpected \['layer5.0.weight'\]"):
+        ResNet(name="resnet18", norm="bn", frozen_stages=0, last_stage=4).load_classifier(
+            classifier | {"layer5.0.weight": torch.zeros(1)}
+        )
 
 
 @pytest.mark.parametrize(

@@ -2,10 +2,10 @@ import math
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fpn_det import boxes as box_ops
-from fpn_det.models.roi_head import RoIHead, RoISamples, TwoFCHead
+from fpn_det.models.roi_head import ConvFCHead, RoIHead, RoISamples
 from fpn_det.models.roi_pool import MultiLevelRoIAlign
 from fpn_det.structures import Proposals, Targets
 
@@ -17,8 +17,7 @@ SIZES = torch.tensor([[100, 150], [90, 60]])
 def make_head(**options) -> RoIHead:
     return RoIHead(
         pooler=MultiLevelRoIAlign(strides=(4, 8), output_size=2),
-        box_head=TwoFCHead(in_channels=4, pool_size=2, fc_dim=8),
-        fc_dim=8,
+        box_head=ConvFCHead(in_channels=4, pool_size=2, fc_dim=8),
         num_classes=K,
         **options,
     )
@@ -28,9 +27,8 @@ class FixedHead(RoIHead):
     """A head whose logits and deltas are given."""
 
     def __init__(self, logits: Tensor, deltas: Tensor, **options) -> None:
-        super().__init__(
-            pooler=MultiLevelRoIAlign(strides=(4,)), box_head=nn.Identity(), fc_dim=1, num_classes=K, **options
-        )
+        box_head = ConvFCHead(in_channels=1, pool_size=1, fc_dim=1)
+        super().__init__(pooler=MultiLevelRoIAlign(strides=(4,)), box_head=box_head, num_classes=K, **options)
         self.given = logits, deltas
 
     def forward(self, features: list[Tensor], boxes: Tensor) -> tuple[Tensor, Tensor]:
@@ -62,10 +60,11 @@ def test_shapes_and_init() -> None:
 
 
 def test_box_head_is_two_relu_layers() -> None:
-    head = TwoFCHead(in_channels=4, pool_size=2, fc_dim=8)
+    head = ConvFCHead(in_channels=4, pool_size=2, fc_dim=8)
     pooled = torch.randn(3, 4, 2, 2)
-    hidden = (pooled.flatten(1) @ head[1].weight.T + head[1].bias).relu()
-    torch.testing.assert_close(head(pooled), (hidden @ head[3].weight.T + head[3].bias).relu())
+    fc1, fc2 = head.fcs
+    hidden = (pooled.flatten(1) @ fc1.weight.T + fc1.bias).relu()
+    torch.testing.assert_close(head(pooled), (hidden @ fc2.weight.T + fc2.bias).relu())
 
 
 def test_sample_labels_and_matches(make_targets) -> None:

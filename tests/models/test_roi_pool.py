@@ -1,7 +1,10 @@
+import math
+
 import pytest
 import torch
 from torch import Tensor
 from torchvision.ops import roi_align
+from torchvision.ops.poolers import LevelMapper
 
 from fpn_det.models.roi_pool import MultiLevelRoIAlign
 
@@ -107,3 +110,77 @@ def test_gradient_reaches_the_level_of_the_box_only() -> None:
 def test_strides_must_be_powers_of_two() -> None:
     with pytest.raises(ValueError, match=r"consecutive powers of two, not \(4, 16\)"):
         MultiLevelRoIAlign(strides=(4, 16))
+
+
+def around(borders: list[float], ulps: int) -> Tensor:
+    """The float32 numbers nearest to each border, `ulps` on each side, and the border."""
+    found = []
+    for direction in (-math.inf, math.inf):
+        x = torch.tensor(borders)
+        for _ in range(ulps + 1):
+            found.append(x)
+            x = torch.nextafter(x, torch.tensor(direction))
+    return torch.cat(found).unique()
+
+
+def squares(sides: Tensor) -> Tensor:
+    """Boxes at the origin, so that their sides are exact: w * h is a square, of which the root is exact too."""
+    zero = torch.zeros_like(sides)
+    return torch.stack([zero, zero, sides, sides], dim=-1)
+
+
+SIDES = [around([14.0, 28, 56, 112, 224, 448, 896, 1792], ulps=60), torch.linspace(0.5, 1500, 3000), torch.zeros(1)]
+
+
+def test_level_as_in_torchvision() -> None:
+    """`LevelMapper`, and the formula on its own: floor(4 + log2(s / 224) + 1e-6)."""
+    sides = torch.cat(SIDES)
+    pooler = MultiLevelRoIAlign(strides=STRIDES, level_bias=1e-6)
+    found = pooler.assign_levels(squares(sides))
+    expected = (4 + torch.log2(sides / 224) + 1e-6).floor().clamp(2, 5) - 2
+    assert torch.equal(found, expected.long())
+    assert torch.equal(found, LevelMapper(2, 5)([squares(sides)]))
+    below = torch.nextafter(torch.tensor(224.0), torch.tensor(0.0))
+    assert pooler.assign_levels(squares(below)) == 2  # torchvision's border lies a little below 224
+    assert MultiLevelRoIAlign(strides=STRIDES).assign_levels(squares(below * (1 - 3e-7))) == 1
+    assert not torch.equal(found, MultiLevelRoIAlign(strides=STRIDES).assign_levels(squares(sides)))
+
+
+def test_level_as_in_detectron2() -> None:
+    """floor(4 + log2(s / 224 + 1e-8)) (`assign_boxes_to_levels`)."""
+    sides = torch.cat(SIDES)
+    found = MultiLevelRoIAlign(strides=STRIDES, level_eps=1e-8).assign_levels(squares(sides))
+    expected = (4 + torch.log2(sides / 224 + 1e-8)).floor().clamp(2, 5) - 2
+    assert torch.equal(found, expected.long())
+
+
+def test_level_as_in_mmdetection() -> None:
+    """floor(log2(s / 56 + 1e-6)) (`map_roi_levels`), but for two float32 numbers below each border."""
+    pooler = MultiLevelRoIAlign(strides=STRIDES, level_eps=2.5e-7)
+    sides = torch.cat(SIDES)
+
+    def theirs(s: Tensor) -> Tensor:
+        return torch.log2(s / 56 + 1e-6).floor().clamp(0, 3).long()
+
+    found = pooler.assign_levels(squares(sides))
+    differs = found != theirs(sides)
+    neighbour = sides[differs]
+    for _ in range(2):  # their sum, of another magnitude, is rounded to another digit
+        neighbour = torch.nextafter(neighbour, torch.tensor(math.inf))
+    assert torch.equal(found[differs], theirs(neighbour))
+    assert differs.sum() <= 2 * 3
+    # Where the eps decides: 5.6e-5 pixels, whatever the level.
+    for border, level in ((112.0, 1), (224.0, 2)):
+        near, far = torch.tensor(border - 2.5e-5), torch.tensor(border - 1.2e-4)
+        assert [pooler.assign_levels(squares(s)) for s in (near, far)] == [level, level - 1]
+        assert [theirs(s) for s in (near, far)] == [level, level - 1]
+
+
+def test_one_level_takes_all() -> None:
+    """A body without a pyramid."""
+    pooler = MultiLevelRoIAlign(strides=(16,), output_size=3)
+    boxes = torch.tensor([[box(5, 5), box(900, 700), box(0, 0)]])
+    assert pooler.assign_levels(boxes).tolist() == [[0, 0, 0]]
+    c4 = torch.randn(1, 2, 20, 20)
+    expected = roi_align(c4, [boxes[0]], output_size=3, spatial_scale=1 / 16, aligned=True)
+    torch.testing.assert_close(pooler([c4], boxes), expected)

@@ -3,19 +3,19 @@ import math
 import pytest
 import torch
 from torch import Tensor
-from torchvision.ops import box_iou
+from torchvision.ops import box_iou, generalized_box_iou_loss
 
 from fpn_det import boxes as box_ops
 from fpn_det.models.anchors import Anchors
-from fpn_det.models.rpn import RPN, AnchorSamples, RPNHead
+from fpn_det.models.rpn import RPN, AnchorSamples, RPNHead, UnsharedRPNHead
 
 SHAPES = [(8, 10), (4, 5)]
 SIZES = torch.tensor([[31, 37], [20, 40]])
 
 
 def make_rpn(**options) -> RPN:
-    anchors = Anchors(sizes=(8, 16), ratios=(0.5, 1, 2), strides=(4, 8))
-    return RPN(head=RPNHead(channels=4, num_anchors=3), anchors=anchors, **options)
+    anchors = Anchors(sizes=((8,), (16,)), ratios=(0.5, 1, 2), strides=(4, 8))
+    return RPN(head=RPNHead(in_channels=4, num_anchors=3), anchors=anchors, **options)
 
 
 def outputs(rpn: RPN, n: int = 2) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
@@ -26,10 +26,10 @@ def outputs(rpn: RPN, n: int = 2) -> tuple[list[Tensor], list[Tensor], list[Tens
 
 
 def test_head_order_is_that_of_the_anchors() -> None:
-    head = RPNHead(channels=4, num_anchors=3)
+    head = RPNHead(in_channels=4, num_anchors=3)
     feature = torch.randn(2, 4, 5, 6)
     (logits,), (deltas,) = head([feature])
-    hidden = head.conv(feature).relu()
+    hidden = head.convs[0](feature).relu()
     raw_logits, raw_deltas = head.objectness(hidden), head.deltas(hidden).unflatten(1, (3, 4))
     for row, column, ratio in [(0, 0, 0), (0, 5, 2), (3, 2, 1), (4, 5, 2)]:
         index = (row * 6 + column) * 3 + ratio
@@ -43,10 +43,47 @@ def test_forward_shapes_and_init() -> None:
     assert [x.shape for x in logits] == [(2, 240), (2, 60)]
     assert [x.shape for x in deltas] == [(2, 240, 4), (2, 60, 4)]
     assert [x.shape for x in anchors] == [(240, 4), (60, 4)]
-    head = RPNHead(channels=128, num_anchors=3)
-    for conv in (head.conv, head.objectness, head.deltas):
+    head = RPNHead(in_channels=128, num_anchors=3)
+    for conv in (*head.convs, head.objectness, head.deltas):
         assert not conv.bias.any()
         assert conv.weight.std().item() == pytest.approx(0.01, rel=0.2)
+
+
+def test_head_of_two_convolutions() -> None:
+    head = RPNHead(in_channels=4, num_anchors=3, channels=6, num_convs=2)
+    assert [(c.in_channels, c.out_channels, c.kernel_size) for c in head.convs] == [(4, 6, (3, 3)), (6, 6, (3, 3))]
+    for module in (*head.convs, head.objectness, head.deltas):
+        torch.nn.init.normal_(module.weight)
+        torch.nn.init.normal_(module.bias)
+    feature = torch.randn(2, 4, 5, 7)
+    (logits,), (deltas,) = head([feature])
+    hidden = head.convs[1](head.convs[0](feature).relu()).relu()
+    assert torch.equal(logits, head.objectness(hidden).permute(0, 2, 3, 1).flatten(1))
+    assert torch.equal(deltas.flatten(1), head.deltas(hidden).permute(0, 2, 3, 1).flatten(1))
+    assert [c.out_channels for c in RPNHead(in_channels=4, num_anchors=3, num_convs=2).convs] == [4, 4]
+
+
+def test_unshared_head() -> None:
+    """One set of weights per level; equal ones are the shared head."""
+    features = [torch.randn(2, 4, *shape) for shape in SHAPES]
+    shared = RPNHead(in_channels=4, num_anchors=3)
+    unshared = UnsharedRPNHead([RPNHead(in_channels=4, num_anchors=3) for _ in SHAPES])
+    assert len(list(unshared.parameters())) == 2 * len(list(shared.parameters()))
+    for level in unshared.levels:
+        level.load_state_dict(shared.state_dict())
+    for ours, theirs in zip(unshared(features), shared(features), strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+    torch.nn.init.ones_(unshared.levels[1].objectness.bias)
+    torch.nn.init.ones_(unshared.levels[1].deltas.bias)
+    (fine, coarse), (fine_deltas, coarse_deltas) = unshared(features)
+    (logits, deltas) = shared(features)
+    assert torch.equal(fine, logits[0])
+    assert torch.equal(fine_deltas, deltas[0])
+    torch.testing.assert_close(coarse, logits[1] + 1)
+    torch.testing.assert_close(coarse_deltas, deltas[1] + 1)
+    with pytest.raises(ValueError, match="shorter|longer"):
+        unshared(features[:1])
 
 
 def test_sample(make_targets) -> None:
@@ -59,7 +96,7 @@ def test_sample(make_targets) -> None:
     assert samples.index.shape == (2, 10)
     assert samples.valid.all()
     assert not samples.is_positive[1].any()
-    assert not samples.deltas[1].any()
+    assert torch.equal(samples.gt_boxes[1], samples.anchors[1])
     iou = box_iou(torch.tensor([exact, thin]), all_anchors)
     assert iou[1].max() < 0.3  # only its best anchors are positive, which else were negative
     best = (iou >= 0.7).any(0) | (iou == iou.amax(1, keepdim=True)).any(0)
@@ -68,10 +105,11 @@ def test_sample(make_targets) -> None:
     assert best[picked].all()
     assert len(picked) == min(5, int(best.sum()))
     assert (iou[:, samples.index[0][~samples.is_positive[0]]] < 0.3).all()
-    assert not samples.deltas[0][~samples.is_positive[0]].any()
-    for index, delta in zip(picked, samples.deltas[0], strict=False):
-        gt = torch.tensor([exact, thin])[iou[:, index].argmax()]
-        torch.testing.assert_close(box_ops.decode(delta, all_anchors[index]), gt, atol=1e-4, rtol=0)
+    assert torch.equal(samples.anchors, all_anchors[samples.index])
+    negative = ~samples.is_positive[0]
+    assert torch.equal(samples.gt_boxes[0][negative], samples.anchors[0][negative])
+    for index, gt_box in zip(picked, samples.gt_boxes[0], strict=False):
+        assert torch.equal(gt_box, torch.tensor([exact, thin])[iou[:, index].argmax()])
 
 
 def test_sample_thresholds(make_targets) -> None:
@@ -110,13 +148,15 @@ def test_loss_by_hand(beta: float) -> None:
     deltas = [torch.full((1, 3, 4), 9.0), torch.full((1, 3, 4), 9.0)]
     deltas[0][0, 0] = torch.tensor([0.1, -0.2, 0.0, 1.0])
     deltas[1][0, 0] = torch.tensor([0.0, 0.0, 0.0, 0.3])
+    anchors = torch.tensor([[10.0, 10, 30, 30]]).expand(1, 4, 4)
     targets = torch.zeros(1, 4, 4)
     targets[0, 0, 3] = -0.5
     samples = AnchorSamples(
         index=torch.tensor([[0, 3, 4, 1]]),
         is_positive=torch.tensor([[True, True, False, False]]),
         valid=torch.tensor([[True, True, True, False]]),
-        deltas=targets,
+        anchors=anchors,
+        gt_boxes=box_ops.decode(targets, anchors),
     )
     losses = rpn.loss(logits, deltas, samples)
 
@@ -130,6 +170,48 @@ def test_loss_by_hand(beta: float) -> None:
     assert losses["rpn_box"].item() == pytest.approx(box / 5, rel=1e-5)
 
 
+def test_iou_loss_and_weight(make_targets) -> None:
+    """The anchors decoded with their deltas against the matched ground truth; the weight is the box loss's alone."""
+    rpn = make_rpn(num_samples=40, positive_iou=0.4, box_loss="giou")
+    logits, deltas, anchors = outputs(rpn)
+    samples = rpn.sample(anchors, make_targets([[[4, 4, 22, 18]], [[3, 1, 30, 19]]], [[0], [1]]))
+    losses = rpn.loss(logits, deltas, samples)
+    positive = samples.is_positive
+    assert positive.any(1).all()
+    picked = torch.cat(deltas, 1).gather(1, samples.index[..., None].expand(-1, -1, 4))[positive]
+    pred = box_ops.decode(picked, samples.anchors[positive])
+    expected = generalized_box_iou_loss(pred, samples.gt_boxes[positive], reduction="sum") / 80
+    torch.testing.assert_close(losses["rpn_box"], expected)
+    weighted = make_rpn(num_samples=40, box_loss="giou", box_loss_weight=3.0).loss(logits, deltas, samples)
+    torch.testing.assert_close(weighted["rpn_box"], 3 * expected)
+    assert torch.equal(weighted["rpn_objectness"], losses["rpn_objectness"])
+
+
+@pytest.mark.parametrize("kind", ["smooth_l1", "giou", "diou", "ciou"])
+def test_every_box_loss_trains(make_targets, kind: str) -> None:
+    rpn = make_rpn(num_samples=40, positive_fraction=0.2, box_loss=kind)
+    logits, deltas, anchors = outputs(rpn)
+    for delta in deltas:
+        delta.requires_grad_()
+    samples = rpn.sample(anchors, make_targets([[torch.cat(anchors)[100].tolist()], []], [[0], []]))
+    rpn.loss(logits, deltas, samples)["rpn_box"].backward()
+    grad = torch.cat([d.grad for d in deltas], dim=1)
+    assert grad.isfinite().all()
+    chosen = torch.zeros(grad.shape[:2], dtype=torch.bool).scatter(1, samples.index, samples.is_positive)
+    assert torch.equal(grad.any(-1), chosen)
+
+
+def test_proposals_are_clamped_on_both_sides() -> None:
+    """A delta of -100 leaves 16 / 1000 of the anchor, or nothing."""
+    anchor = torch.tensor([[0.0, 0, 30, 20]])
+    logits, deltas = [torch.ones(1, 1)], [torch.tensor([[[0.0, 0, -100, -100]]])]
+    both = make_rpn(delta_clamp="both").propose(logits, deltas, [anchor], SIZES[:1])
+    assert both.valid.all()
+    box = torch.tensor([[[15 - 0.24, 10 - 0.16, 15 + 0.24, 10 + 0.16]]])
+    torch.testing.assert_close(both.boxes, box, rtol=0, atol=1e-5)
+    assert not make_rpn().propose(logits, deltas, [anchor], SIZES[:1]).valid.any()
+
+
 def test_loss_divisor_counts_images() -> None:
     """The same image twice: the same loss."""
     rpn = make_rpn(num_samples=7)
@@ -138,7 +220,8 @@ def test_loss_divisor_counts_images() -> None:
         "index": torch.tensor([[2, 0, 5]]),
         "is_positive": torch.tensor([[True, False, False]]),
         "valid": torch.ones(1, 3, dtype=torch.bool),
-        "deltas": torch.tensor([[[1.0, 2, 3, 4], [0, 0, 0, 0], [0, 0, 0, 0]]]),
+        "anchors": torch.tensor([[[0.0, 0, 10, 10]] * 3]),
+        "gt_boxes": torch.tensor([[[1.0, 2, 30, 40]] * 3]),
     }
     one = rpn.loss(logits, deltas, AnchorSamples(**samples))
     twice = {name: x.repeat(2, *[1] * (x.dim() - 1)) for name, x in samples.items()}

@@ -91,11 +91,11 @@ def their_name(name: str) -> str:
         ("backbone.layer", "backbone.body.layer"),
         ("neck.lateral.", "backbone.fpn.inner_blocks."),
         ("neck.output.", "backbone.fpn.layer_blocks."),
-        ("rpn.head.conv.", "rpn.head.conv.0.0."),
+        ("rpn.head.convs.0.", "rpn.head.conv.0.0."),
         ("rpn.head.objectness.", "rpn.head.cls_logits."),
         ("rpn.head.deltas.", "rpn.head.bbox_pred."),
-        ("roi_head.box_head.1.", "roi_heads.box_head.fc6."),
-        ("roi_head.box_head.3.", "roi_heads.box_head.fc7."),
+        ("roi_head.box_head.fcs.0.", "roi_heads.box_head.fc6."),
+        ("roi_head.box_head.fcs.1.", "roi_heads.box_head.fc7."),
         ("roi_head.class_logits.", "roi_heads.box_predictor.cls_score."),
         ("roi_head.box_deltas.", "roi_heads.box_predictor.bbox_pred."),
     ]:
@@ -118,7 +118,7 @@ def as_theirs(name: str, value: Tensor) -> Tensor:
 
 
 def build_theirs(ours: FasterRCNN) -> TorchvisionFasterRCNN:
-    channels = ours.rpn.head.conv.in_channels
+    channels = ours.rpn.head.convs[0].in_channels
     fc_dim = ours.roi_head.class_logits.in_features
     body = torchvision.models.resnet18(weights=None, norm_layer=FrozenBatchNorm2d)
     backbone = BackboneWithFPN(
@@ -161,7 +161,7 @@ def pair(make_model, make_batch) -> Pair:
     )
     # Weights of the last layers for which logits spread over several units and deltas over a few tenths.
     for layer, std in [
-        (ours.rpn.head.conv, 0.1),
+        (ours.rpn.head.convs[0], 0.1),
         (ours.rpn.head.objectness, 1.0),
         (ours.rpn.head.deltas, 0.1),
         (ours.roi_head.class_logits, 3.0),

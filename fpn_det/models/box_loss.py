@@ -1,0 +1,60 @@
+"""Losses of predicted boxes: (smooth) L1 on the deltas, or IoU-type losses on the decoded boxes.
+
+Dimensions: leading dimensions `...` of anchors or RoIs, images included.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn.functional import smooth_l1_loss
+from torchvision.ops import complete_box_iou_loss, distance_box_iou_loss, generalized_box_iou_loss
+
+from fpn_det import boxes as box_ops
+
+BoxLoss = Literal["smooth_l1", "giou", "diou", "ciou"]
+"""Smooth L1 (arXiv 1504.08083), GIoU (arXiv 1902.09630), DIoU and CIoU (arXiv 1911.08287)."""
+
+
+def box_loss(
+    deltas: Tensor,
+    reference: Tensor,
+    gt_boxes: Tensor,
+    is_positive: Tensor,
+    *,
+    kind: BoxLoss = "smooth_l1",
+    beta: float = 0.0,
+    weights: box_ops.Weights = (1.0, 1.0, 1.0, 1.0),
+) -> Tensor:
+    """The loss summed over the positives.
+
+    Args:
+        deltas: (..., 4) float32, predicted.
+        reference: (..., 4) float32 XYXY, the anchors or RoIs that they refer to.
+        gt_boxes: (..., 4) float32 XYXY; where not positive they are not used.
+        is_positive: (...) bool.
+        kind: which loss.
+        beta: where smooth L1 turns from quadratic to linear; 0 is L1.
+        weights: multipliers of the encoded deltas.
+
+    Returns:
+        Scalar float32; 0, with zero gradient, without positives.
+    """
+    mask = is_positive[..., None]
+    if kind == "smooth_l1":
+        # The targets of the others may be infinite: replaced, since infinity * 0 is NaN.
+        target = torch.where(mask, box_ops.encode(gt_boxes, reference, weights), 0)
+        return (smooth_l1_loss(deltas, target, beta=beta, reduction="none") * mask).sum()
+    iou_loss = {
+        "giou": generalized_box_iou_loss,
+        "diou": distance_box_iou_loss,
+        "ciou": complete_box_iou_loss,
+    }[kind]
+    # Padding has no width, at which these losses have no gradient: any box of some size takes its place.
+    anywhere = reference.new_tensor([0.0, 0.0, 1.0, 1.0])
+    reference, gt_boxes = torch.where(mask, reference, anywhere), torch.where(mask, gt_boxes, anywhere)
+    pred = box_ops.decode(torch.where(mask, deltas, 0), reference, weights)
+    losses: Tensor = iou_loss(pred, gt_boxes, reduction="none")
+    return (losses * is_positive).sum()

@@ -1,0 +1,49 @@
+"""Normalisation layers by name, and convolutions that carry one.
+
+Dimensions: C channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Literal
+
+from torch import nn
+from torchvision.ops import FrozenBatchNorm2d
+
+Norm = Literal["frozen_bn", "bn", "sync_bn", "gn"]
+
+
+def norm_layer(norm: Norm, eps: float = 1e-5) -> Callable[[int], nn.Module]:
+    """The constructor of a normalisation of C channels.
+
+    Args:
+        norm: `frozen_bn` (constant statistics and affine, for pre-trained weights), `bn`, `sync_bn` (statistics over
+            all processes), `gn` (32 groups).
+        eps: added to the variance.
+    """
+    match norm:
+        case "frozen_bn":
+            return partial(FrozenBatchNorm2d, eps=eps)
+        case "bn":
+            return partial(nn.BatchNorm2d, eps=eps)
+        case "sync_bn":
+            return partial(nn.SyncBatchNorm, eps=eps)
+        case "gn":
+            return lambda channels: nn.GroupNorm(32, channels, eps=eps)
+
+
+def conv_norm(
+    in_channels: int, out_channels: int, kernel_size: int, *, stride: int = 1, norm: Norm | None = None
+) -> nn.Conv2d | nn.Sequential:
+    """A convolution that keeps the size (divided by `stride`); with a norm, which then replaces the bias, a pair.
+
+    The weights are drawn as in Detectron's FPN (Kaiming, uniform, a = 1); the bias is 0.
+    """
+    conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride, kernel_size // 2, bias=norm is None)
+    nn.init.kaiming_uniform_(conv.weight, a=1)
+    if norm is None:
+        nn.init.zeros_(conv.bias)  # type: ignore[arg-type]
+        return conv
+    return nn.Sequential(conv, norm_layer(norm)(out_channels))
