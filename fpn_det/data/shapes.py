@@ -33,36 +33,55 @@ CATEGORIES = {"circle": 3, "square": 7, "triangle": 8, "cross": 21, "ring": 90}
 
 SPLITS = ("train", "val")
 SUBPIXELS = 4
-SMALLEST_PX = 18.0
-"""Smallest longest side of an annotated shape; the members of a crowd stay below `CROWD_PX[1]`."""
+SMALLEST_PX = 18
+"""Default of the smallest longest side of an annotated shape; the members of a crowd stay below `CROWD_PX[1]`."""
 CROWD_PX = (6.0, 8.0)
 CROWD_PITCH_PX = 9.0
 MAX_IOU = 0.1
 MAX_COVERED = 0.1
 
 
-def generate(root: Path, *, num_train: int = 2000, num_val: int = 200, size: int = 128, seed: int = 0) -> None:
+def generate(
+    root: Path,
+    *,
+    num_train: int = 2000,
+    num_val: int = 200,
+    size: int = 128,
+    smallest: int = SMALLEST_PX,
+    seed: int = 0,
+) -> None:
     """Write the data set, or keep what is there if the same call already completed.
 
-    Every image is a function of (seed, split, index, size) alone: more images extend a data set without changing
-    those that it had. Annotations are written last, so an interrupted call leaves no complete data set behind.
+    Every image is a function of (seed, split, index, size, smallest) alone: more images extend a data set without
+    changing those that it had. Annotations are written last, so an interrupted call leaves no complete data set behind.
 
     Args:
         root: folder for `train/*.jpg`, `val/*.jpg` and `annotations/{train,val}.json`; created if missing.
         num_train: images for training.
         num_val: images for validation.
         size: longer side of the images in pixels, a multiple of 4 from 64 to 512.
+        smallest: smallest longest side of a shape in pixels, from 8 to half of `size`; sizes are spread evenly on a
+            logarithmic scale.
         seed: any integer from 0.
 
     Raises:
         InputError: a parameter is out of range, or `root` holds annotations of another data set.
     """
-    parameters = {"version": VERSION, "seed": seed, "num_train": num_train, "num_val": num_val, "size": size}
+    parameters = {
+        "version": VERSION,
+        "seed": seed,
+        "num_train": num_train,
+        "num_val": num_val,
+        "size": size,
+        "smallest": smallest,
+    }
     for name, number, lowest in (("num_train", num_train, 1), ("num_val", num_val, 1), ("seed", seed, 0)):
         if number < lowest:
             raise InputError(f"{name} is {number}; give {lowest} or more")
     if size % 4 or not 64 <= size <= 512:
         raise InputError(f"size is {size}; give a multiple of 4 from 64 to 512")
+    if not 8 <= smallest <= size // 2:
+        raise InputError(f"smallest is {smallest}; give 8 to {size // 2}, half of size")
 
     annotation_files = {split: root / "annotations" / f"{split}.json" for split in SPLITS}
     present = [path for path in annotation_files.values() if path.exists()]
@@ -73,7 +92,7 @@ def generate(root: Path, *, num_train: int = 2000, num_val: int = 200, size: int
         return
 
     contents = {
-        split: _write_images(root / split, split=split, number=number, size=size, seed=seed)
+        split: _write_images(root / split, split=split, number=number, size=size, smallest=smallest, seed=seed)
         for split, number in zip(SPLITS, (num_train, num_val), strict=True)
     }
     categories = [{"id": i, "name": name, "supercategory": "shape"} for name, i in CATEGORIES.items()]
@@ -98,13 +117,15 @@ def _refuse_other(path: Path, parameters: dict[str, int]) -> None:
         )
 
 
-def _write_images(folder: Path, *, split: str, number: int, size: int, seed: int) -> dict[str, list[dict[str, Any]]]:
+def _write_images(
+    folder: Path, *, split: str, number: int, size: int, smallest: int, seed: int
+) -> dict[str, list[dict[str, Any]]]:
     """Write the images of one split; return the COCO lists `images` and `annotations`."""
     folder.mkdir(parents=True, exist_ok=True)
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
     for index in tqdm(range(number), desc=f"shapes {split}", unit="image"):
-        pixels, objects = draw(seed=seed, split=split, index=index, size=size)
+        pixels, objects = draw(seed=seed, split=split, index=index, size=size, smallest=smallest)
         image_id = 10 * index + 3 + SPLITS.index(split)  # gaps, and no id in both splits
         name = f"{image_id:06d}.jpg"
         # Full-resolution chroma: a shape may differ from its background by hue alone.
@@ -115,7 +136,9 @@ def _write_images(folder: Path, *, split: str, number: int, size: int, seed: int
     return {"images": images, "annotations": annotations}
 
 
-def draw(*, seed: int, split: str, index: int, size: int) -> tuple[NDArray[np.uint8], list[dict[str, Any]]]:
+def draw(
+    *, seed: int, split: str, index: int, size: int, smallest: int = SMALLEST_PX
+) -> tuple[NDArray[np.uint8], list[dict[str, Any]]]:
     """Draw one image.
 
     Args:
@@ -123,6 +146,7 @@ def draw(*, seed: int, split: str, index: int, size: int) -> tuple[NDArray[np.ui
         split: one of `SPLITS`.
         index: number of the image within its split.
         size: longer side in pixels.
+        smallest: smallest longest side of a shape in pixels.
 
     Returns:
         (H, W, 3) uint8 RGB pixels, and the objects as COCO annotations without `id` and `image_id`.
@@ -130,7 +154,8 @@ def draw(*, seed: int, split: str, index: int, size: int) -> tuple[NDArray[np.ui
     rng = np.random.default_rng([seed, SPLITS.index(split), index])
     short = size * 3 // 4
     height, width = ((size, size), (short, size), (size, short))[rng.choice(3, p=(0.7, 0.15, 0.15))]
-    label_map, kinds = _arrange(rng, height, width, largest_px=min(0.7 * size, 0.9 * min(height, width)))
+    largest = min(0.7 * size, 0.9 * min(height, width))
+    label_map, kinds = _arrange(rng, height, width, sizes_px=(smallest, largest))
     coverage = [_coverage(label_map == label) for label in range(1, len(kinds) + 1)]
 
     tones = rng.uniform(0.1, 0.9) + rng.uniform(-0.15, 0.15, (2, 3))
@@ -159,7 +184,7 @@ def measure(mask: NDArray[np.bool_]) -> tuple[list[float], float]:
 
 
 def _arrange(
-    rng: np.random.Generator, height: int, width: int, *, largest_px: float
+    rng: np.random.Generator, height: int, width: int, *, sizes_px: tuple[float, float]
 ) -> tuple[NDArray[np.uint8], list[tuple[str, bool]]]:
     """Choose what lies where.
 
@@ -182,7 +207,7 @@ def _arrange(
             if crowd:
                 mask = _crowd(rng, name, label_map.shape)
             else:
-                longest = np.exp(rng.uniform(np.log(SMALLEST_PX), np.log(largest_px)))
+                longest = np.exp(rng.uniform(*np.log(sizes_px)))
                 mask = _polygons([_place(rng, _outline(rng, name, longest), label_map.shape)], label_map.shape)
             box, area = measure(mask)
             if all(

@@ -174,7 +174,7 @@ def test_interrupted_call_is_completed(tmp_path: Path, monkeypatch: pytest.Monke
     assert len(load(tmp_path, "val")["images"]) == 1
 
 
-@pytest.mark.parametrize("other", [{"seed": 1}, {"num_train": 3}, {"num_val": 2}, {"size": 128}])
+@pytest.mark.parametrize("other", [{"seed": 1}, {"num_train": 3}, {"num_val": 2}, {"size": 128}, {"smallest": 20}])
 def test_other_parameters_are_refused(tmp_path: Path, other: dict[str, int]) -> None:
     parameters = {"num_train": 2, "num_val": 1, "size": 64, "seed": 0}
     shapes.generate(tmp_path, **parameters)
@@ -203,9 +203,22 @@ def test_somebody_elses_annotations_are_refused(tmp_path: Path, content: str) ->
         ({"seed": -1}, "seed is -1"),
         ({"size": 66}, "size is 66"),
         ({"size": 32}, "size is 32"),
+        ({"smallest": 7}, "smallest is 7"),
+        ({"size": 64, "smallest": 33}, "smallest is 33; give 8 to 32"),
     ],
 )
 def test_bad_parameters(tmp_path: Path, given: dict[str, int], message: str) -> None:
     with pytest.raises(InputError, match=message):
         shapes.generate(tmp_path / "new", **given)
     assert not (tmp_path / "new").exists()
+
+
+def test_smallest() -> None:
+    """The smallest shape has the side that was asked for, to a pixel, and sizes spread evenly over the octaves."""
+    sides = []
+    for index in range(60):
+        _, objects = shapes.draw(seed=0, split="val", index=index, size=128, smallest=8)
+        sides += [max(one["bbox"][2:]) for one in objects if not one["iscrowd"]]
+    assert 7 <= min(sides) <= 9
+    octaves = np.histogram(sides, bins=(7, 16, 32, 64))[0]
+    assert octaves.min() > 0.6 * octaves.max()
