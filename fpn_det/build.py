@@ -159,9 +159,7 @@ def build_val_loader(
         data.sizes, batch_size=config.eval.batch_size, rank=process.rank, world_size=process.world_size
     )
     return make_loader(
-        DetectionDataset(
-            data, transform or build_test_transform(config), load_proposals(config.data.val.proposals)
-        ),
+        DetectionDataset(data, transform or build_test_transform(config), load_proposals(config.data.val.proposals)),
         sampler,
         num_workers=config.data.num_workers,
         pin_memory=process.device.type == "cuda",

@@ -22,7 +22,7 @@ from fpn_det import build
 from fpn_det.config import load_config
 from fpn_det.data.shapes import CATEGORIES
 from fpn_det.engine.checkpoint import load_checkpoint
-from fpn_det.engine.coco_eval import METRIC_NAMES
+from fpn_det.engine.coco_eval import METRIC_NAMES, PROPOSAL_METRIC_NAMES
 
 ROOT = Path(__file__).parent.parent
 RUN = ("train.save_every=2", "train.accumulate=2", "train.ema_decay=0.9", "optim.lr=0.01", "eval.every=4")
@@ -278,6 +278,77 @@ def test_eval_of_real_results(tool, tiny, test_data, tmp_path, backend):
     )
 
 
+def test_eval_of_proposals(tool, tiny, finished, tmp_path):
+    arguments = ["--checkpoint", finished / "final.pth", "--proposals", "--output-dir"]
+    outcomes = [
+        tool("eval", *tiny, f"eval.backend={backend}", *arguments, tmp_path / backend)
+        for backend in ("pycocotools", "hotcoco")
+    ]
+    assert [outcome.code for outcome in outcomes] == [0, 0]
+    written = [json.loads((tmp_path / b / "metrics.json").read_text()) for b in ("pycocotools", "hotcoco")]
+    assert list(written[0]) == [*PROPOSAL_METRIC_NAMES, "step"]
+    assert written[1] == pytest.approx(written[0], abs=1e-9)
+    assert 0 < written[0]["AR100"] == written[0]["AR1000"] < 1  # 50 proposals per image
+    assert f"{100 * written[0]['AR100']:.1f}" in outcomes[0].out
+    assert not (tmp_path / "hotcoco/predictions.json").exists()
+
+
+def test_a_proposal_network_is_judged_by_its_recall(tool, tiny, shapes, tmp_path):
+    rpn, folder = [*tiny, "model.kind=rpn", "eval.every=4"], tmp_path / "run"
+    outcome = tool("train", *rpn, "--output-dir", folder)
+    assert (outcome.code, outcome.err) == (0, "")
+    assert outcome.out.rstrip().endswith(f"done: {folder}/final.pth, {folder}/metrics.json")
+    assert {p.name for p in folder.glob("*.json")} == {"metrics.json"}
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert list(metrics) == [*PROPOSAL_METRIC_NAMES, "step"]
+    evaluations = [r for r in records(folder) if "val/AR1000" in r]
+    assert [r["step"] for r in evaluations] == [4, 8]
+    assert {name.removeprefix("val/") for name in evaluations[1] if "val/" in name} == set(PROPOSAL_METRIC_NAMES)
+    best = load_checkpoint(folder / "best.pth")
+    assert best["AR1000"] == max(r["val/AR1000"] for r in evaluations) > 0
+
+    arguments = ["--checkpoint", folder / "final.pth", "--output-dir", tmp_path / "again"]
+    assert tool("eval", *rpn, *arguments).code == 0
+    assert (tmp_path / "again/metrics.json").read_bytes() == (folder / "metrics.json").read_bytes()
+    fails(tool("eval", *rpn, "eval.tta={}", *arguments), "eval.tta merges detections", "eval.tta=none")
+
+
+def test_eval_of_several_views(tool, tiny, finished, shapes, tmp_path):
+    options = [*tiny, "model.roi_head.score_thresh=0", "--checkpoint", finished / "final.pth"]
+    assert tool("eval", *options, "--output-dir", tmp_path / "plain").code == 0
+    once = "eval.tta={short_sides: [64], long_side: 64, horizontal_flip: false}"
+    assert tool("eval", *options, once, "--output-dir", tmp_path / "once").code == 0
+    for name in ("metrics.json", "predictions.json"):
+        assert (tmp_path / "once" / name).read_bytes() == (tmp_path / "plain" / name).read_bytes()
+
+    views = "eval.tta={short_sides: [48, 64], long_side: 64}"  # the plain one among them
+    assert tool("eval", *options, views, "--output-dir", tmp_path / "views").code == 0
+    merged, plain = (json.loads((tmp_path / n / "predictions.json").read_text()) for n in ("views", "plain"))
+    ids = {r["image_id"] for r in plain}
+    assert len(ids) == 8
+    best = [[max(r["score"] for r in found if r["image_id"] == i) for found in (plain, merged)] for i in ids]
+    assert all(seen_often >= seen_once for seen_once, seen_often in best)
+    assert any(seen_often > seen_once for seen_once, seen_often in best)
+
+    image = json.loads((shapes / "annotations/val.json").read_text())["images"][3]
+    predict = ["--input", shapes / "val" / image["file_name"], "--output", tmp_path]
+    assert tool("predict", *options, views, *predict).code == 0
+    found = json.loads((tmp_path / "predictions.json").read_text())
+    expected = [r for r in merged if r["image_id"] == image["id"]]
+    assert [r["score"] for r in found] == pytest.approx([r["score"] for r in expected], abs=1e-5)
+    assert np.array([r["bbox"] for r in found]) == pytest.approx(np.array([r["bbox"] for r in expected]), abs=1e-2)
+
+
+def test_evaluations_that_do_not_go_together(tool, tiny, finished):
+    arguments = ["--checkpoint", finished / "final.pth"]
+    fails(tool("eval", *tiny, "eval.tta={}", "--proposals", *arguments), "eval.tta merges detections")
+    sides = "eval.tta={short_sides: [400, 800], long_side: 500}"
+    fails(tool("eval", *tiny, sides, *arguments), "eval.tta: long_side 500 is less than the largest short side 800")
+    both = tool("eval", *tiny, "--proposals", "--predictions", finished / "predictions.json")
+    assert both.code == 2
+    assert "--proposals goes with --checkpoint" in both.err
+
+
 # Prediction
 
 
@@ -294,7 +365,10 @@ def test_predict_a_folder_with_odd_files(tool, tiny, finished, shapes, tmp_path)
     (photos / "notes.txt").write_text("not an image")
 
     arguments = ["--checkpoint", finished / "final.pth", "--input", photos, "--output", output]
-    outcome = tool("predict", *tiny, "model.roi_head.score_thresh=0", *arguments, "--score-thresh", "0.05")
+    tool("predict", *tiny, "model.roi_head.score_thresh=0", *arguments)
+    found = json.loads((output / "predictions.json").read_text())
+    threshold = sorted(r["score"] for r in found if r["file_name"] == "b.gray.png")[-5]
+    outcome = tool("predict", *tiny, "model.roi_head.score_thresh=0", *arguments, "--score-thresh", threshold)
     assert outcome.code == 1
     [skipped] = [line for line in outcome.err.splitlines() if line]
     assert skipped.startswith(f"skipped: {photos / 'd.jpg'}: ")
@@ -309,7 +383,8 @@ def test_predict_a_folder_with_odd_files(tool, tiny, finished, shapes, tmp_path)
         (5, "e.gif"),
     }
     assert {r["category_id"] for r in found} <= set(CATEGORIES.values())
-    drawn = sum(r["score"] >= 0.05 for r in found)
+    drawn = sum(r["score"] >= threshold for r in found)
+    assert 5 <= drawn < len(found)
     assert f"4 images, {len(found)} detections, {drawn} of them drawn" in outcome.out
     for r in found:
         x, y, w, h = r["bbox"]

@@ -5,7 +5,8 @@
 
 Writes D/NAME.png per image, with the boxes that score at least the threshold, and D/predictions.json: all detections
 in COCO's results format with the category ids of the training data, plus `file_name`; `image_id` counts the images
-from 1 in the order of their names.
+from 1 in the order of their names. `model.kind` rpn gives its proposals, all of category 1, "object". With
+`eval.tta={}` the detections in several sizes of each image and its mirror image are merged.
 """
 
 from __future__ import annotations
@@ -14,12 +15,12 @@ import argparse
 import json
 import random
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from PIL import Image
 from torch import Tensor
+from tqdm import tqdm
 
 from fpn_det import build
 from fpn_det.cli import config_parser, user_errors
@@ -28,8 +29,8 @@ from fpn_det.data.loader import collate
 from fpn_det.data.transforms import TestTransform, find_images, load_image
 from fpn_det.draw import draw_detections
 from fpn_det.engine import checkpoint
-from fpn_det.engine.evaluate import detect, to_coco_results
-from fpn_det.structures import Batch, InputError, Sample
+from fpn_det.engine.evaluate import Detector, detect, merge_views, to_coco_results
+from fpn_det.structures import Categories, Detections, InputError, Sample
 
 
 def main() -> None:
@@ -48,73 +49,67 @@ def main() -> None:
 
 def predict(config: Config, checkpoint_path: Path, source: Path, folder: Path, *, score_thresh: float) -> int:
     """Detect in every image of `source`; returns how many could not be read."""
+    if config.model.kind == "fast_rcnn":
+        raise InputError("model.kind fast_rcnn needs proposals of each image; predict with faster_rcnn or rpn")
     paths = find_images(source)
     state = checkpoint.load_checkpoint(checkpoint_path)
     categories = checkpoint.checkpoint_categories(state)
     build.check_num_classes(config, categories)
-    model = build.build_model(config, len(categories), pretrained=False)
-    checkpoint.load_weights(model, checkpoint.best_weights(state), checkpoint_path)
+    if config.model.kind == "rpn":
+        categories = Categories(ids=(1,), names=("object",))  # proposals are of no class
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    batches = ImageBatches(paths, build.build_test_transform(config))
+    model = build.build_model(config, len(categories), pretrained=False).to(device)
+    checkpoint.load_weights(model, checkpoint.best_weights(state), checkpoint_path)
+    transforms, head = build.build_test_transforms(config), config.model.roi_head
 
     folder.mkdir(parents=True, exist_ok=True)
-    records = []
-    for batch, found in detect(model.to(device), batches, device=device, precision=config.train.precision):
-        image_id = int(batch.image_ids[0])
-        path = paths[image_id - 1]
-        picture = draw_detections(batches.original, found[0], categories.names, score_thresh=score_thresh)
+    records, unreadable = [], []
+    for image_id, path in enumerate(
+        tqdm(paths, desc="detecting", unit="image", disable=None, file=sys.stderr), start=1
+    ):
+        try:
+            image = load_image(path)
+        except InputError as error:
+            if len(paths) == 1:
+                raise
+            unreadable.append(str(error))
+            continue
+        views = [look(model, image, t, device=device, precision=config.train.precision) for t in transforms]
+        found = merge_views(views, nms_thresh=head.nms_thresh, top_k=head.detections_per_image)
+        picture = draw_detections(image, found, categories.names, score_thresh=score_thresh)
         Image.fromarray(picture.permute(1, 2, 0).numpy()).save(folder / f"{path.name}.png")
-        records += [{**r, "file_name": path.name} for r in to_coco_results(image_id, found[0], categories)]
+        records += [{**r, "file_name": path.name} for r in to_coco_results(image_id, found, categories)]
     (folder / "predictions.json").write_text(json.dumps(records))
     drawn = sum(r["score"] >= score_thresh for r in records)
     print(
-        f"{len(paths) - len(batches.unreadable)} images, {len(records)} detections, {drawn} of them drawn "
+        f"{len(paths) - len(unreadable)} images, {len(records)} detections, {drawn} of them drawn "
         f"(score >= {score_thresh:g}): {folder}/*.png, {folder}/predictions.json"
     )
-    for error in batches.unreadable:
-        print(f"skipped: {error}", file=sys.stderr)
-    return len(batches.unreadable)
+    for reason in unreadable:
+        print(f"skipped: {reason}", file=sys.stderr)
+    return len(unreadable)
 
 
-class ImageBatches:
-    """Image files as batches of one: detections then do not depend on what else lies in the folder.
+def look(
+    model: Detector, image: Tensor, transform: TestTransform, *, device: torch.device, precision: str
+) -> Detections:
+    """Detections in one view of an image, in the frame of the image.
 
-    Args:
-        paths: image files; `image_id` counts them from 1.
-        transform: applied to each image.
-
-    Attributes:
-        original: (3, H, W) uint8, the image of the current batch before the transform.
-        unreadable: what could not be decoded, and why.
+    In a batch of one, so that they do not depend on what else lies in the folder.
     """
-
-    def __init__(self, paths: list[Path], transform: TestTransform) -> None:
-        self.paths = paths
-        self.transform = transform
-        self.original: Tensor
-        self.unreadable: list[str] = []
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def __iter__(self) -> Iterator[Batch]:
-        for image_id, path in enumerate(self.paths, start=1):
-            try:
-                self.original = load_image(path)
-            except InputError as error:
-                if len(self.paths) == 1:
-                    raise
-                self.unreadable.append(str(error))
-                continue
-            h, w = self.original.shape[1:]
-            sample = Sample(
-                image=self.original,
-                boxes=torch.zeros(0, 4),
-                labels=torch.zeros(0, dtype=torch.int64),
-                image_id=image_id,
-                original_size=(h, w),
-            )
-            yield collate([self.transform(sample, random.Random(0))])
+    h, w = image.shape[1:]
+    sample = Sample(
+        image=image,
+        boxes=torch.zeros(0, 4),
+        labels=torch.zeros(0, dtype=torch.int64),
+        image_id=0,
+        original_size=(h, w),
+    )
+    batch = collate([transform(sample, random.Random(0))])
+    flipped = transform.horizontal_flip
+    outputs = detect(model, [batch], device=device, precision=precision, flipped=flipped, show_progress=False)
+    [(_, [found])] = outputs
+    return found
 
 
 def score(text: str) -> float:

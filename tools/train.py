@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import difflib
 import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -23,9 +25,16 @@ from fpn_det.data.coco import CocoAnnotations, check_same_categories, format_pro
 from fpn_det.data.transforms import load_image
 from fpn_det.draw import draw_comparison
 from fpn_det.engine import checkpoint
-from fpn_det.engine.coco_eval import METRIC_NAMES, format_table
+from fpn_det.engine.coco_eval import (
+    METRIC_NAMES,
+    PROPOSAL_METRIC_NAMES,
+    Metrics,
+    ProposalMetrics,
+    format_proposal_table,
+    format_table,
+)
 from fpn_det.engine.distributed import Process, launched_process
-from fpn_det.engine.evaluate import from_coco_results
+from fpn_det.engine.evaluate import View, from_coco_results
 from fpn_det.engine.runlog import RunLog
 from fpn_det.engine.train import train
 from fpn_det.models.faster_rcnn import FasterRCNN
@@ -56,11 +65,11 @@ def run(config: Config, folder: Path, *, resume: bool, process: Process) -> None
     check_same_categories(train_data, val_data)
     categories = train_data.categories
     num_steps = build.num_steps(config, len(train_data))
-    if config.model.backbone.norm == "sync_bn" and process.world_size > 1 and process.device.type == "cpu":
-        raise InputError("model.backbone.norm sync_bn works over GPUs only; on CPUs use bn or gn")
-
     torch.manual_seed(config.seed)
     model = build.build_model(config, len(categories), pretrained=state is None).to(process.device)
+    has_sync_bn = any(isinstance(module, torch.nn.SyncBatchNorm) for module in model.modules())
+    if has_sync_bn and process.world_size > 1 and process.device.type == "cpu":
+        raise InputError("the norm sync_bn works over GPUs only; on CPUs use bn or gn")
     optimizer = build.build_optimizer(config, model)
     decay = config.train.ema_decay
     ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True) if decay else None
@@ -84,9 +93,10 @@ def run(config: Config, folder: Path, *, resume: bool, process: Process) -> None
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.yaml").write_text(dump_config(config))
     val_loader = build.build_val_loader(config, val_data, process=process)
+    proposals_only = config.model.kind == "rpn"
     pictures = list(range(min(config.eval.tensorboard_images, len(val_data))))
-    best = folder / "best.pth"
-    best_ap = checkpoint.load_checkpoint(best).get("AP", -1.0) if process.is_main and best.exists() else -1.0
+    best, headline = folder / "best.pth", "AR1000" if proposals_only else "AP"
+    best_value = checkpoint.load_checkpoint(best).get(headline, -1.0) if process.is_main and best.exists() else -1.0
 
     with RunLog(folder if process.is_main else None, start_step=start_step, num_steps=num_steps) as log:
         for data in (train_data, val_data):
@@ -114,22 +124,33 @@ def run(config: Config, folder: Path, *, resume: bool, process: Process) -> None
 
         def evaluate_at(step: int) -> None:
             process.share_buffers(detector)
-            evaluated = build.evaluate_model(config, detector, val_loader, categories, process=process)
+            if proposals_only:
+                recalls = build.evaluate_model_proposals(config, detector, val_loader, process=process)
+                if recalls is not None:
+                    record(step, recalls, PROPOSAL_METRIC_NAMES, format_proposal_table(recalls))
+                return
+            views = [View(batches=val_loader)]
+            evaluated = build.evaluate_model(config, detector, views, categories, process=process)
             if evaluated is None:
                 return
-            nonlocal best_ap
             metrics, results = evaluated
-            log.message(f"step {step}:\n{format_table(metrics)}")
-            log.scalars(step, {f"val/{name}": metrics[name] for name in METRIC_NAMES})  # type: ignore[literal-required]
-            if metrics["AP"] > best_ap:
-                best_ap = metrics["AP"]
-                checkpoint.save_checkpoint(best, weights_for_use(step) | {"AP": best_ap})
+            record(step, metrics, METRIC_NAMES, format_table(metrics))
             for index in pictures:
                 log.image(step, f"val/{index}", draw_validation(val_data, index, results))
             if step == num_steps:
-                checkpoint.save_checkpoint(folder / "final.pth", weights_for_use(step))
                 (folder / "predictions.json").write_text(json.dumps(results))
-                (folder / "metrics.json").write_text(json.dumps({**metrics, "step": step}, indent=2))
+
+        def record(step: int, metrics: Metrics | ProposalMetrics, names: Sequence[str], table: str) -> None:
+            nonlocal best_value
+            log.message(f"step {step}:\n{table}")
+            numbers: dict[str, Any] = {**metrics, "step": step}
+            log.scalars(step, {f"val/{name}": numbers[name] for name in names})
+            if numbers[headline] > best_value:
+                best_value = numbers[headline]
+                checkpoint.save_checkpoint(best, weights_for_use(step) | {headline: best_value})
+            if step == num_steps:
+                checkpoint.save_checkpoint(folder / "final.pth", weights_for_use(step))
+                (folder / "metrics.json").write_text(json.dumps(numbers, indent=2))
 
         done = start_step
         if start_step < num_steps:
@@ -157,7 +178,8 @@ def run(config: Config, folder: Path, *, resume: bool, process: Process) -> None
             log.message(f"stopped at step {done} of {num_steps}, saved; add --resume to the same command to go on")
             return
         evaluate_at(num_steps)
-        log.message(f"done: {folder}/final.pth, {folder}/metrics.json, {folder}/predictions.json")
+        written = ("final.pth", "metrics.json") if proposals_only else ("final.pth", "metrics.json", "predictions.json")
+        log.message(f"done: {', '.join(f'{folder}/{name}' for name in written)}")
 
 
 def open_run(folder: Path, *, resume: bool) -> checkpoint.State | None:

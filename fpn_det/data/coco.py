@@ -218,6 +218,15 @@ def read_coco_json(path: Path) -> dict[str, Any]:
     return data
 
 
+def read_categories(path: Path) -> Categories:
+    """The categories of a COCO-format file, of which nothing else is read.
+
+    Raises:
+        InputError: what `read_coco_json` raises, or a category without id or name.
+    """
+    return _read_categories(path, read_coco_json(path)["categories"])
+
+
 def check_same_categories(train: CocoAnnotations, val: CocoAnnotations) -> None:
     """Refuse a validation set whose classes differ from the training set's: its AP would mean nothing.
 

@@ -1,39 +1,75 @@
-"""Detection over a data set, and its COCO metrics.
+"""Detection and proposals over a data set, and their COCO metrics.
 
-Dimensions: N images of a batch, D detections of one image.
+Dimensions: N images of a batch, P proposals per image, D detections of one image, V views.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
+import numpy as np
 import torch
+from torch import Tensor
+from torchvision.ops import batched_nms
 from tqdm import tqdm
 
 from fpn_det.boxes import rescale
-from fpn_det.engine.coco_eval import Backend, Metrics, score
+from fpn_det.engine.coco_eval import Backend, Metrics, ProposalMetrics, ScoredBoxes, score, score_proposals
 from fpn_det.engine.distributed import Process
-from fpn_det.structures import Batch, Categories, Detections
+from fpn_det.structures import Batch, Categories, Detections, Proposals
+
+Output = TypeVar("Output")
 
 
-class Detector(Protocol):
-    """What evaluation needs of a model; `fpn_det.models.faster_rcnn.FasterRCNN` has it."""
+class Model(Protocol):
+    """What evaluation needs of any model."""
 
     training: bool
-
-    def predict(self, batch: Batch) -> list[Detections]:
-        """Detections of each image, in the frame of the resized image."""
 
     def train(self, mode: bool = True) -> Any:
         """Enter training mode, or evaluation mode if `mode` is False."""
 
 
-@torch.no_grad()
+class Detector(Model, Protocol):
+    """A model that detects; all of `fpn_det.models.faster_rcnn` do."""
+
+    def predict(self, batch: Batch) -> list[Detections]:
+        """Detections of each image, in the frame of the resized image."""
+
+
+class Proposer(Model, Protocol):
+    """A model that proposes; all of `fpn_det.models.faster_rcnn` do."""
+
+    def propose(self, batch: Batch) -> Proposals:
+        """Proposals of each image, in the frame of the resized image."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class View:
+    """One look at the images of a data set.
+
+    Attributes:
+        batches: yields `Batch`es.
+        flipped: whether their images are mirrored left to right.
+    """
+
+    batches: Iterable[Any]
+    flipped: bool = False
+
+
 def detect(
-    model: Detector, batches: Iterable[Any], *, device: torch.device, precision: str, show_progress: bool = True
+    model: Detector,
+    batches: Iterable[Any],
+    *,
+    device: torch.device,
+    precision: str,
+    flipped: bool = False,
+    show_progress: bool = True,
 ) -> Iterator[tuple[Batch, list[Detections]]]:
     """Detect in all batches.
 
@@ -42,24 +78,76 @@ def detect(
         batches: yields `Batch`es.
         device: where the model is.
         precision: `fp32` or `bf16`.
+        flipped: whether the images are mirrored left to right; their detections are mirrored back.
         show_progress: whether to show a progress bar (on a terminal only).
 
     Yields:
         The batch, on the CPU, and per image its detections, on the CPU, in the frame of the original image.
     """
-    model.train(False)
-    progress = tqdm(batches, desc="detecting", unit="batch", disable=None if show_progress else True, file=sys.stderr)
-    for batch in progress:
-        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
-            found = model.predict(batch.to(device, non_blocking=True))
-        found = [d.to("cpu") for d in found]
+    outputs = _run(
+        model, model.predict, batches, device=device, precision=precision, show_progress=show_progress, name="detecting"
+    )
+    for batch, found in outputs:
         yield (
             batch,
             [
-                Detections(boxes=rescale(d.boxes, size, original_size), scores=d.scores, labels=d.labels)
-                for d, size, original_size in zip(found, batch.sizes, batch.original_sizes, strict=True)
+                Detections(
+                    boxes=_to_original(d.boxes, size, original_size, flipped=flipped), scores=d.scores, labels=d.labels
+                )
+                for d, size, original_size in zip(
+                    (d.to("cpu") for d in found), batch.sizes, batch.original_sizes, strict=True
+                )
             ],
         )
+
+
+def propose(
+    model: Proposer, batches: Iterable[Any], *, device: torch.device, precision: str, show_progress: bool = True
+) -> Iterator[tuple[Batch, list[tuple[Tensor, Tensor]]]]:
+    """Find proposals in all batches.
+
+    Args:
+        model: the proposer; it is put into evaluation mode.
+        batches: yields `Batch`es.
+        device: where the model is.
+        precision: `fp32` or `bf16`.
+        show_progress: whether to show a progress bar (on a terminal only).
+
+    Yields:
+        The batch, on the CPU, and per image its proposals, on the CPU, best first: boxes (P, 4) in the frame of the
+        original image and scores (P,).
+    """
+    outputs = _run(
+        model, model.propose, batches, device=device, precision=precision, show_progress=show_progress, name="proposing"
+    )
+    for batch, found in outputs:
+        p = found.to("cpu")
+        yield (
+            batch,
+            [
+                (_to_original(boxes[valid], size, original_size), scores[valid])
+                for boxes, scores, valid, size, original_size in zip(
+                    p.boxes, p.scores, p.valid, batch.sizes, batch.original_sizes, strict=True
+                )
+            ],
+        )
+
+
+def merge_views(views: Sequence[Detections], *, nms_thresh: float, top_k: int) -> Detections:
+    """Detections of one image in several views as those of one: their union after another NMS.
+
+    That is what Detectron2's `GeneralizedRCNNWithTTA` does with boxes.
+
+    Args:
+        views: V detections in the frame of the original image; a single view stays as it is.
+        nms_thresh: a detection is dropped if it overlaps a better one of its class by more.
+        top_k: how many are kept, best first.
+    """
+    if len(views) == 1:
+        return views[0]
+    boxes, scores, labels = (torch.cat([getattr(v, name) for v in views]) for name in ("boxes", "scores", "labels"))
+    keep = batched_nms(boxes, scores, labels, nms_thresh)[:top_k]
+    return Detections(boxes=boxes[keep], scores=scores[keep], labels=labels[keep])
 
 
 def to_coco_results(image_id: int, detections: Detections, categories: Categories) -> list[dict[str, Any]]:
@@ -86,11 +174,12 @@ def from_coco_results(results: Sequence[dict[str, Any]], categories: Categories)
 
 def evaluate(
     model: Detector,
-    batches: Iterable[Any],
+    views: Iterable[View],
     *,
     annotations: Path,
     categories: Categories,
     backend: Backend,
+    nms_thresh: float,
     max_detections: int,
     precision: str,
     process: Process,
@@ -99,10 +188,11 @@ def evaluate(
 
     Args:
         model: the detector; it comes back in the mode (training or evaluation) it had.
-        batches: this process' share of the images.
+        views: this process' share of the images; of several views of an image the detections are merged.
         annotations: COCO-format ground truth of all images.
         categories: of the model.
         backend: `pycocotools` or `hotcoco`.
+        nms_thresh: of the merging; see `merge_views`.
         max_detections: detections per image that count, best first.
         precision: `fp32` or `bf16`.
         process: this process.
@@ -111,17 +201,96 @@ def evaluate(
         The metrics and the detections in COCO's results format on the main process, None on the others.
     """
     was_training = model.training
-    results = [
-        record
-        for batch, found in detect(
-            model, batches, device=process.device, precision=precision, show_progress=process.is_main
-        )
-        for image_id, detections in zip(batch.image_ids.tolist(), found, strict=True)
-        for record in to_coco_results(image_id, detections, categories)
-    ]
+    found: dict[int, list[Detections]] = defaultdict(list)
+    for view in views:
+        for batch, detections in detect(
+            model,
+            view.batches,
+            device=process.device,
+            precision=precision,
+            flipped=view.flipped,
+            show_progress=process.is_main,
+        ):
+            for image_id, of_image in zip(batch.image_ids.tolist(), detections, strict=True):
+                found[image_id].append(of_image)
     model.train(was_training)
-    gathered = process.gather(results)
+    gathered = process.gather(
+        [
+            record
+            for image_id, of_views in found.items()
+            for record in to_coco_results(
+                image_id, merge_views(of_views, nms_thresh=nms_thresh, top_k=max_detections), categories
+            )
+        ]
+    )
     if not process.is_main:
         return None
     results = sorted((r for part in gathered for r in part), key=lambda r: (r["image_id"], -r["score"]))
     return score(annotations, results, backend=backend, max_detections=max_detections), results
+
+
+def evaluate_proposals(
+    model: Proposer,
+    batches: Iterable[Any],
+    *,
+    annotations: Path,
+    backend: Backend,
+    precision: str,
+    process: Process,
+) -> ProposalMetrics | None:
+    """Recall of a model's proposals on a data set that is shared out over all processes (collective).
+
+    Args:
+        model: the proposer; it comes back in the mode (training or evaluation) it had.
+        batches: this process' share of the images.
+        annotations: COCO-format ground truth of all images.
+        backend: `pycocotools` or `hotcoco`, which is much faster here.
+        precision: `fp32` or `bf16`.
+        process: this process.
+
+    Returns:
+        The recalls on the main process, None on the others.
+    """
+    was_training = model.training
+    boxes, scores, image_ids = [np.zeros((0, 4), np.float32)], [np.zeros(0, np.float32)], [np.zeros(0, np.int64)]
+    for batch, proposals in propose(
+        model, batches, device=process.device, precision=precision, show_progress=process.is_main
+    ):
+        for image_id, (boxes_of_image, scores_of_image) in zip(batch.image_ids.tolist(), proposals, strict=True):
+            boxes.append(boxes_of_image.numpy())
+            scores.append(scores_of_image.numpy())
+            image_ids.append(np.full(len(boxes_of_image), image_id))
+    model.train(was_training)
+    gathered = process.gather((np.concatenate(boxes), np.concatenate(scores), np.concatenate(image_ids)))
+    if not process.is_main:
+        return None
+    all_boxes, all_scores, all_ids = (np.concatenate(parts) for parts in zip(*gathered, strict=True))
+    found = ScoredBoxes(boxes=all_boxes, scores=all_scores, image_ids=all_ids)
+    return score_proposals(annotations, found, backend=backend)
+
+
+@torch.no_grad()
+def _run(
+    model: Model,
+    call: Callable[[Batch], Output],
+    batches: Iterable[Any],
+    *,
+    device: torch.device,
+    precision: str,
+    show_progress: bool,
+    name: str,
+) -> Iterator[tuple[Batch, Output]]:
+    """What `call` makes of each batch, in evaluation mode; the batch on the CPU, the output where it is."""
+    model.train(False)
+    for batch in tqdm(batches, desc=name, unit="batch", disable=None if show_progress else True, file=sys.stderr):
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
+            output = call(batch.to(device, non_blocking=True))
+        yield batch, output
+
+
+def _to_original(boxes: Tensor, size: Tensor, original_size: Tensor, *, flipped: bool = False) -> Tensor:
+    """(D, 4) boxes of an image resized to `size`, and mirrored if `flipped`, in the frame of its file."""
+    if flipped:
+        x1, y1, x2, y2 = boxes.unbind(1)
+        boxes = torch.stack([size[1] - x2, y1, size[1] - x1, y2], 1)
+    return rescale(boxes, size, original_size)

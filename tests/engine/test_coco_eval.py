@@ -9,7 +9,16 @@ import pytest
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from fpn_det.engine.coco_eval import METRIC_NAMES, format_table, read_results, score
+from fpn_det.engine.coco_eval import (
+    METRIC_NAMES,
+    PROPOSAL_METRIC_NAMES,
+    ScoredBoxes,
+    format_proposal_table,
+    format_table,
+    read_results,
+    score,
+    score_proposals,
+)
 from fpn_det.structures import InputError
 
 BACKENDS = ("pycocotools", "hotcoco")
@@ -340,3 +349,190 @@ def test_table_of_many_classes(num_classes: int, num_columns: int) -> None:
     assert len(lines) == 7 + -(-num_classes // num_columns)
     columns = [[line.split("|")[i] for line in lines[7:] if line.count("|") >= i] for i in range(num_columns)]
     assert [" ".join(row.split()[:2]) for column in columns for row in column] == names  # down, then right
+
+
+# Proposals
+
+
+def proposals_of(*rows: tuple[int, tuple[float, ...], float]) -> ScoredBoxes:
+    """From (image id, XYXY box, score)."""
+    return ScoredBoxes(
+        boxes=np.array([box for _, box, _ in rows], np.float32).reshape(-1, 4),
+        scores=np.array([value for _, _, value in rows], np.float32),
+        image_ids=np.array([image_id for image_id, _, _ in rows], np.int64),
+    )
+
+
+def random_proposals(gt: dict, seed: int, num_per_image: int) -> ScoredBoxes:
+    """Boxes near ground truth and elsewhere, tied scores, an image without any; the images interleaved."""
+    rng = np.random.default_rng(seed)
+    rows = []
+    for image in gt["images"][1:]:
+        near = [a["bbox"] for a in gt["annotations"] if a["image_id"] == image["id"]]
+        for _ in range(num_per_image):
+            x, y, w, h = rng.uniform(1, 150, size=4)
+            if near and rng.random() < 0.3:
+                x, y, w, h = np.array(near[rng.integers(len(near))]) * rng.normal(1, 0.1, size=4)
+            rows.append((image["id"], (x, y, x + w, y + h), round(rng.random(), 2)))
+    rng.shuffle(rows)
+    return proposals_of(*rows)
+
+
+def reference_recalls(gt: dict, proposals: ScoredBoxes) -> np.ndarray:
+    """pycocotools with `useCats` off."""
+    xywh = proposals.boxes.astype(float)
+    xywh[:, 2:] -= xywh[:, :2]
+    results = [
+        {"image_id": int(i), "category_id": gt["categories"][0]["id"], "bbox": box, "score": float(value)}
+        for i, box, value in zip(proposals.image_ids, xywh.tolist(), proposals.scores, strict=True)
+    ]
+    with contextlib.redirect_stdout(io.StringIO()):
+        coco = COCO()
+        coco.dataset = copy.deepcopy(gt) | {"info": {}}
+        coco.createIndex()
+        evaluator = COCOeval(coco, coco.loadRes(results), "bbox")
+        evaluator.params.useCats = 0
+        evaluator.params.maxDets = [1, 100, 1000]
+        evaluator.evaluate()
+        evaluator.accumulate()
+    recall = evaluator.eval["recall"]
+    assert recall.shape == (10, 1, 4, 3)
+    means = recall[:, 0].mean(0)  # area x limit
+    return np.array([means[0, 1], *means[:, 2], *means[1:, 1]])
+
+
+def recalls(metrics) -> np.ndarray:
+    return np.array([metrics[name] for name in PROPOSAL_METRIC_NAMES])
+
+
+@pytest.mark.parametrize(("seed", "num_per_image"), [(s, 250) for s in range(6)] + [(6, 1300)])
+def test_proposal_recall_equals_coco_without_classes(tmp_path: Path, seed: int, num_per_image: int) -> None:
+    gt, _ = random_case(seed)
+    # The same box twice, of two classes and two sizes: it matters which is matched first.
+    for annotation in [a for a in gt["annotations"] if a["category_id"] == gt["categories"][0]["id"]]:
+        again = {"id": len(gt["annotations"]) + 1, "category_id": gt["categories"][1]["id"], "area": 500.0}
+        gt["annotations"].append(annotation | again)
+    proposals = random_proposals(gt, seed, num_per_image)
+    path = write(tmp_path / "gt.json", gt)
+    expected = reference_recalls(gt, proposals)
+    assert 0 < expected[0] < expected[1] < 1
+    for backend in BACKENDS:
+        metrics = score_proposals(path, proposals, backend=backend)
+        np.testing.assert_allclose(recalls(metrics), expected, rtol=0, atol=1e-9, err_msg=backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("left", "right", "expected"), [(3, 5, 1.0), (5, 3, 0.5)])
+def test_proposals_that_tie_between_objects(tmp_path: Path, backend, left, right, expected) -> None:
+    """The first proposal covers half of itself with each object and takes the one of the last category."""
+    gt = ground_truth([(0, 0, 10, 10), (10, 0, 10, 10)])
+    for annotation, category_id in zip(gt["annotations"], (left, right), strict=True):
+        annotation["category_id"] = category_id
+    proposals = proposals_of((7, (0, 0, 20, 10), 0.9), (7, (0, 0, 10, 10), 0.8))
+    metrics = score_proposals(write(tmp_path / "gt.json", gt), proposals, backend=backend)
+    assert metrics["AR100"] == pytest.approx(0.1 * expected + 0.9 * 0.5)  # the tie is above the first threshold only
+    np.testing.assert_allclose(recalls(metrics)[:3], reference_recalls(gt, proposals)[:3], rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_proposal_recall_on_real_data(test_data: Path, backend) -> None:
+    gt = json.loads((test_data / "coco_eval/gt.json").read_text())
+    results = read_results(test_data / "coco_eval/detections.json")
+    boxes = np.array([r["bbox"] for r in results], np.float32)
+    boxes[:, 2:] += boxes[:, :2]
+    proposals = ScoredBoxes(
+        boxes=boxes,
+        scores=np.array([r["score"] for r in results], np.float32),
+        image_ids=np.array([r["image_id"] for r in results]),
+    )
+    metrics = score_proposals(test_data / "coco_eval/gt.json", proposals, backend=backend)
+    np.testing.assert_allclose(recalls(metrics), reference_recalls(gt, proposals), rtol=0, atol=1e-9)
+    assert 0.3 < metrics["AR100"] <= metrics["AR1000"] < 1
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_proposal_recall_by_hand(tmp_path: Path, backend) -> None:
+    """A small cat is found at IoU 0.62 (3 of 10 thresholds: .50 .55 .60), a medium dog is not."""
+    gt = ground_truth([(0, 0, 20, 20), (50, 50, 40, 40)])
+    gt["annotations"][1]["category_id"] = 5
+    path = write(tmp_path / "gt.json", gt)
+    found = (7, (0.0, 0.0, 20.0, 12.4), 0.5)
+    metrics = score_proposals(path, proposals_of(found), backend=backend)
+    assert (metrics["AR100"], metrics["AR1000"]) == pytest.approx((0.15, 0.15))
+    assert (metrics["ARs"], metrics["ARm"], metrics["ARl"]) == pytest.approx((0.3, 0.0, -1.0))
+    assert (metrics["ARs100"], metrics["ARm100"], metrics["ARl100"]) == pytest.approx((0.3, 0.0, -1.0))
+    # One box for two objects in the same place counts for one of them; a crowd is not to be found.
+    gt["annotations"] = [gt["annotations"][0] | {"id": i, "iscrowd": int(i == 3)} for i in (1, 2, 3)]
+    whole = (7, (0.0, 0.0, 20.0, 20.0), 0.9)
+    metrics = score_proposals(write(path, gt), proposals_of(whole), backend=backend)
+    assert (metrics["AR100"], metrics["ARs"]) == pytest.approx((0.5, 0.5))
+    metrics = score_proposals(path, proposals_of(whole, found), backend=backend)
+    assert metrics["AR100"] == pytest.approx(0.65)
+    assert json.loads(json.dumps(metrics)) == metrics
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("place", "expected"), [(99, (1, 1)), (100, (0, 1)), (999, (0, 1)), (1000, (0, 0))])
+@pytest.mark.parametrize("tied", [True, False])
+def test_proposal_limits(tmp_path: Path, backend, place: int, expected: tuple, tied) -> None:
+    """The object is found by the proposal at one place of 1001; with equal scores, the order of the rows decides."""
+    path = write(tmp_path / "gt.json", ground_truth([(10, 10, 20, 20)]))
+    rows = [
+        (7, (10.0, 10.0, 30.0, 30.0) if i == place else (60.0, 60.0, 65.0, 65.0), 0.5 if tied else 1 - i / 2000)
+        for i in range(1001)
+    ]
+    metrics = score_proposals(path, proposals_of(*(rows if tied else rows[::-1])), backend=backend)
+    assert (metrics["AR100"], metrics["AR1000"]) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_proposals_of_images_with_huge_ids(tmp_path: Path, backend) -> None:
+    """float64 cannot tell these apart."""
+    ids = [0, 2**53, 2**53 + 1]
+    gt = ground_truth(boxes=[(10, 10, 20, 20)] * 3, images=[{"id": i} for i in reversed(ids)])
+    for annotation, image_id in zip(gt["annotations"], ids, strict=True):
+        annotation["image_id"] = image_id
+    proposals = proposals_of((2**53 + 1, (10, 10, 30, 30), 0.9), (2**53 + 1, (10, 10, 30, 30), 0.8))
+    metrics = score_proposals(write(tmp_path / "gt.json", gt), proposals, backend=backend)
+    assert metrics["AR100"] == pytest.approx(1 / 3)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_no_proposals_and_nothing_to_propose(tmp_path: Path, backend) -> None:
+    path = write(tmp_path / "gt.json", ground_truth())
+    metrics = score_proposals(path, proposals_of(), backend=backend)
+    assert (metrics["AR100"], metrics["AR1000"], metrics["ARs"], metrics["ARl"]) == (0, 0, 0, -1)
+    write(path, ground_truth(boxes=()))
+    for proposals in (proposals_of(), proposals_of((7, (0, 0, 1, 1), 0.5))):
+        assert (recalls(score_proposals(path, proposals, backend=backend)) == -1).all()
+
+
+def test_malformed_proposals(tmp_path: Path) -> None:
+    path = write(tmp_path / "gt.json", ground_truth())
+    good = proposals_of((7, (0, 0, 1, 1), 0.5), (7, (0, 0, 1, 1), 0.5))
+    for strangers in ((6,), (8, 9)):
+        bad = proposals_of(*((i, (0.0, 0.0, 1.0, 1.0), 0.5) for i in (7, *strangers)))
+        shown = ", ".join(map(str, strangers))
+        with pytest.raises(InputError, match=rf"{len(strangers)} image_id not in .*gt\.json: {shown};"):
+            score_proposals(path, bad)
+    for row, values in (((0, 0, np.nan, 1), 0.5), ((0, 0, 1, 1), np.inf)):
+        bad = proposals_of((7, (0, 0, 1, 1), 0.5), (7, row, values))
+        with pytest.raises(InputError, match=r"must be finite, got .* in row 1 of image 7"):
+            score_proposals(path, bad)
+    for changes in ({"scores": good.scores[:1]}, {"boxes": good.boxes[:, :3]}, {"image_ids": good.image_ids[:1]}):
+        bad = ScoredBoxes(**{name: getattr(good, name) for name in ("boxes", "scores", "image_ids")} | changes)
+        with pytest.raises(InputError, match=r"one row per proposal, got \("):
+            score_proposals(path, bad)
+    with pytest.raises(InputError, match="backend must be 'pycocotools' or 'hotcoco', got 'coco'"):
+        score_proposals(path, good, backend="coco")  # type: ignore[arg-type]
+
+
+def test_table_of_proposals(tmp_path: Path, capfd) -> None:
+    path = write(tmp_path / "gt.json", ground_truth([(0, 0, 20, 20), (50, 50, 40, 40)]))
+    metrics = score_proposals(path, proposals_of((7, (0, 0, 20, 20), 0.5)))
+    assert [line.split() for line in format_proposal_table(metrics).splitlines()[1:]] == [
+        ["proposals", "AR", "ARs", "ARm", "ARl"],
+        ["100", "50.0", "100.0", "0.0", "-"],
+        ["1000", "50.0", "100.0", "0.0", "-"],
+    ]
+    assert capfd.readouterr() == ("", "")

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from fpn_det.data.loader import TestSampler
 from fpn_det.engine.distributed import Process, launched_process
-from fpn_det.engine.evaluate import evaluate
+from fpn_det.engine.evaluate import View, evaluate
 from fpn_det.engine.runlog import RunLog
 from fpn_det.engine.train import train
 from fpn_det.structures import Batch, Categories, Detections, InputError, Targets
@@ -213,16 +213,18 @@ def find(process: Process, annotations: Path, batches: list[list[int]]) -> tuple
     """Evaluate a `Finder` on this process' share of the batches of image ids."""
     sizes = {"sizes": torch.full((1, 2), 32), "original_sizes": torch.full((1, 2), 32)}
     empty = Targets(boxes=torch.zeros(1, 0, 4), labels=torch.zeros(1, 0).long(), valid=torch.zeros(1, 0).bool())
+    own = [
+        Batch(images=torch.zeros(1, 3, 32, 32), image_ids=torch.tensor([i]), targets=empty, **sizes)
+        for share in batches[process.rank :: process.world_size]
+        for i in share
+    ]
     return evaluate(
         Finder(),
-        [
-            Batch(images=torch.zeros(1, 3, 32, 32), image_ids=torch.tensor([i]), targets=empty, **sizes)
-            for share in batches[process.rank :: process.world_size]
-            for i in share
-        ],
+        [View(batches=own)],
         annotations=annotations,
         categories=Categories((5,), ("cat",)),
         backend="pycocotools",  # hotcoco's threads do not survive a fork
+        nms_thresh=0.5,
         max_detections=100,
         precision="fp32",
         process=process,

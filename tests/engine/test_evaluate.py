@@ -3,18 +3,30 @@
 from __future__ import annotations
 
 import json
+import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from fpn_det.data.loader import collate
+from fpn_det.data.transforms import TestTransform
 from fpn_det.engine.distributed import Process
-from fpn_det.engine.evaluate import detect, evaluate, from_coco_results, to_coco_results
-from fpn_det.structures import Batch, Categories, Detections, Sample
+from fpn_det.engine.evaluate import (
+    View,
+    detect,
+    evaluate,
+    evaluate_proposals,
+    from_coco_results,
+    merge_views,
+    to_coco_results,
+)
+from fpn_det.structures import Batch, Categories, Detections, Proposals, Sample
 
 CATEGORIES = Categories((3, 7), ("cat", "dog"))
 CPU = torch.device("cpu")
+HALF, FULL, DOUBLE = (50, 50), (100, 100), (200, 200)
 
 
 class Oracle:
@@ -92,6 +104,117 @@ def test_precision(precision, dtype):
     assert oracle.dtypes == {dtype}
 
 
+def test_flipped_images_are_flipped_back():
+    """Together with the change of size: 32 wide as the network sees it, 64 as the file has it."""
+    oracle = Oracle({1: ([8.0, 4.0, 24.0, 32.0], 0)})
+    batches = [batch_of((1, (64, 32), (32, 64)), (2, (64, 64), (64, 64)))]
+    [(_, [found, _])] = detect(oracle, batches, device=CPU, precision="fp32", flipped=True)
+    assert found.boxes.tolist() == [[16.0, 2.0, 48.0, 16.0]]
+    # What the test transform does is undone to the bit: a detector that sees the truth reports the truth.
+    boxes = torch.tensor([[10.25, 3.5, 41.0, 60.75], [0.0, 0.0, 100.0, 80.0]])
+    sample = Sample(
+        image=torch.zeros(3, 80, 100, dtype=torch.uint8),
+        boxes=boxes,
+        labels=torch.zeros(2, dtype=torch.int64),
+        image_id=1,
+        original_size=(80, 100),
+    )
+    seen = TestTransform(short_side=160, long_side=200, horizontal_flip=True)(sample, random.Random(0))
+    assert seen.boxes.tolist() != (2 * boxes).tolist()
+
+    class Mirror(Oracle):
+        def predict(self, batch: Batch) -> list[Detections]:
+            truth = batch.targets.boxes[0]
+            return [Detections(boxes=truth, scores=torch.ones(2), labels=batch.targets.labels[0])]
+
+    [(_, [found])] = detect(Mirror({}), [collate([seen])], device=CPU, precision="fp32", flipped=True)
+    assert torch.equal(found.boxes, boxes)
+
+
+def detections(*rows: tuple[list[float], float, int]) -> Detections:
+    """From (box, score, label)."""
+    return Detections(
+        boxes=torch.tensor([box for box, _, _ in rows]).reshape(-1, 4),
+        scores=torch.tensor([value for _, value, _ in rows]),
+        labels=torch.tensor([label for _, _, label in rows], dtype=torch.int64),
+    )
+
+
+def test_views_are_merged_by_nms():
+    first = detections(([0.0, 0.0, 10.0, 10.0], 0.9, 0), ([50.0, 0.0, 60.0, 10.0], 0.3, 0))
+    second = detections(
+        ([0.0, 0.0, 10.0, 5.0], 0.95, 1),  # another class
+        ([0.0, 0.0, 10.0, 8.0], 0.8, 0),  # IoU 0.8 with the first of the other view
+        ([0.0, 0.0, 10.0, 4.0], 0.7, 0),  # IoU 0.4
+        ([50.0, 0.0, 60.0, 9.0], 0.5, 0),  # better than that of the other view, IoU 0.9
+    )
+    merged = merge_views([first, second], nms_thresh=0.5, top_k=100)
+    assert merged.scores.tolist() == pytest.approx([0.95, 0.9, 0.7, 0.5])
+    assert merged.labels.tolist() == [1, 0, 0, 0]
+    assert merged.boxes[3].tolist() == [50.0, 0.0, 60.0, 9.0]
+    assert len(merge_views([first, second], nms_thresh=0.85, top_k=100)) == 5
+    assert merge_views([first, second], nms_thresh=0.5, top_k=2).scores.tolist() == pytest.approx([0.95, 0.9])
+    assert merge_views([first], nms_thresh=0.5, top_k=100) is first
+    nothing = detections()
+    assert merge_views([first, nothing], nms_thresh=0.5, top_k=9).scores.tolist() == pytest.approx([0.9, 0.3])
+    assert merge_views([nothing, nothing], nms_thresh=0.5, top_k=9).boxes.shape == (0, 4)
+
+
+def test_what_one_view_alone_finds_is_found(tmp_path):
+    """The dog of image 10 is found at half size only, that of image 11 at double size only, mirrored."""
+
+    class Picky(Oracle):
+        def predict(self, batch: Batch) -> list[Detections]:
+            height = int(batch.sizes[0, 0])
+            self.answers = {50: {10: ([10.0, 5.0, 30.0, 15.0], 1)}, 200: {11: ([140.0, 0.0, 200.0, 60.0], 1)}}[height]
+            return super().predict(batch)
+
+    half, double = ([batch_of((i, size, FULL)) for i in (10, 11, 12)] for size in (HALF, DOUBLE))
+    options = {
+        "annotations": ground_truth(tmp_path),
+        "categories": CATEGORIES,
+        "backend": "pycocotools",
+        "nms_thresh": 0.5,
+        "max_detections": 100,
+        "precision": "fp32",
+        "process": Process(),
+    }
+    views = [View(batches=half), View(batches=double, flipped=True)]
+    for used, recall in ((views[:1], 0.5), (views[1:], 0.5), (views, 1.0), (views * 2, 1.0)):
+        metrics, results = evaluate(Picky({}), iter(used), **options)
+        assert metrics["AR100"] == pytest.approx(recall)
+        assert len(results) == 2 * recall
+    assert [r["bbox"] for r in results] == [[20.0, 10.0, 40.0, 20.0], [0.0, 0.0, 30.0, 30.0]]
+
+
+def test_merging_takes_its_limits_from_the_evaluation(tmp_path):
+    """The same box in two views and its half in a third: IoU 0.5."""
+    views = [
+        (Oracle({10: ([10.0, 5.0, 30.0, y2], 1)}), View(batches=[batch_of((10, HALF, FULL))])) for y2 in (15.0, 15, 10)
+    ]
+
+    class InTurn(Oracle):
+        def predict(self, batch: Batch) -> list[Detections]:
+            oracle, _ = views[len(self.seen) % 3]
+            oracle.training = self.training
+            self.seen.append(10)
+            return oracle.predict(batch)
+
+    for nms_thresh, max_detections, count in ((0.6, 100, 2), (0.4, 100, 1), (0.6, 1, 1)):
+        _, results = evaluate(
+            InTurn({}),
+            [view for _, view in views],
+            annotations=ground_truth(tmp_path),
+            categories=CATEGORIES,
+            backend="pycocotools",
+            nms_thresh=nms_thresh,
+            max_detections=max_detections,
+            precision="fp32",
+            process=Process(),
+        )
+        assert len(results) == count
+
+
 def test_coco_results_round_trip():
     found = Detections(
         boxes=torch.tensor([[1.0, 2.0, 4.0, 8.0], [0.0, 0.0, 5.0, 5.0]]),
@@ -119,10 +242,11 @@ def test_metrics_of_a_detector_that_knows(tmp_path, backend, was_training):
     oracle.train(was_training)
     evaluated = evaluate(
         oracle,
-        [batch_of((12, (50, 50), (100, 100)), (11, (50, 50), (100, 100))), batch_of((10, (50, 50), (100, 100)))],
+        [View(batches=[batch_of((12, HALF, FULL), (11, HALF, FULL)), batch_of((10, HALF, FULL))])],
         annotations=ground_truth(tmp_path),
         categories=CATEGORIES,
         backend=backend,
+        nms_thresh=0.5,
         max_detections=100,
         precision="fp32",
         process=Process(),
@@ -142,12 +266,59 @@ def test_metrics_of_a_detector_that_knows(tmp_path, backend, was_training):
 def test_a_detector_that_finds_nothing(tmp_path):
     metrics, results = evaluate(
         Oracle({}),
-        [],
+        [View(batches=[])],
         annotations=ground_truth(tmp_path),
         categories=CATEGORIES,
         backend="pycocotools",
+        nms_thresh=0.5,
         max_detections=100,
         precision="fp32",
         process=Process(),
     )
     assert (metrics["AP"], results) == (0.0, [])
+
+
+class Proposing:
+    """Proposes three boxes per image, the second of them padding that would be the answer, and notes its mode."""
+
+    def __init__(self) -> None:
+        self.training = True
+
+    def train(self, mode: bool = True) -> None:
+        self.training = mode
+
+    def propose(self, batch: Batch) -> Proposals:
+        assert not self.training
+        assert not torch.is_grad_enabled()
+        answers = {10: [10.0, 5.0, 30.0, 15.0], 11: [0.0, 0.0, 15.0, 15.0], 12: [1.0, 1.0, 2.0, 2.0]}
+        boxes = torch.tensor([[[30.0, 30.0, 40.0, 40.0], answers[i], answers[i]] for i in batch.image_ids.tolist()])
+        valid = torch.tensor([[True, False, i != 11] for i in batch.image_ids.tolist()])
+        return Proposals(boxes=boxes, scores=torch.tensor([[0.9, 0.5, 0.1]]).expand(len(boxes), 3), valid=valid)
+
+
+@pytest.mark.parametrize("backend", ["pycocotools", "hotcoco"])
+def test_recall_of_proposals(tmp_path, backend):
+    """Of the boxes of images 10 and 11 the first is proposed; two processes find what one finds."""
+    batches = [batch_of((12, HALF, FULL), (11, HALF, FULL)), batch_of((10, HALF, FULL))]
+    options: dict[str, Any] = {"annotations": ground_truth(tmp_path), "backend": backend, "precision": "fp32"}
+    model = Proposing()
+    metrics = evaluate_proposals(model, batches, **options, process=Process())
+    assert metrics is not None
+    assert (metrics["AR100"], metrics["ARs"], metrics["ARm"]) == pytest.approx((0.5, 0.5, -1))
+    assert model.training
+
+    sent: list[Any] = []
+
+    class Main(Process):
+        def gather(self, value: Any) -> list[Any]:
+            return [value, *sent]
+
+    class Other(Process):
+        def gather(self, value: Any) -> list[Any]:
+            sent[:] = [value]
+            return []
+
+    for split in (1, 2):  # the second time, one process has nothing to do
+        other, main = Other(rank=1, world_size=2), Main(world_size=2)
+        assert evaluate_proposals(Proposing(), batches[split:], **options, process=other) is None
+        assert evaluate_proposals(Proposing(), batches[:split], **options, process=main) == metrics

@@ -1,0 +1,106 @@
+"""Proposals of a trained RPN for every image of a split, as a file for `model.kind: fast_rcnn`.
+
+    python tools/proposals.py --config C --checkpoint K --split train|val --output FILE.npz
+        [--top-k 1000] [key=value ...]
+    torchrun --nproc-per-node 8 tools/proposals.py --config C --checkpoint K --split train --output FILE.npz
+
+C and K are of a model of kind rpn or faster_rcnn. Images are resized as for detection, and each yields up to
+`model.rpn.post_nms_top_k_test` proposals, best first. Then set data.train.proposals or data.val.proposals to FILE.
+The FPN paper (Table 2) trains on 2000: add model.rpn.post_nms_top_k_test=2000 for the train split.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+from pathlib import Path
+
+from fpn_det import build
+from fpn_det.cli import config_parser, user_errors
+from fpn_det.config import Config, load_config
+from fpn_det.data.coco import load_coco
+from fpn_det.data.proposals import ImageProposals, read_proposals, write_proposals
+from fpn_det.engine import checkpoint
+from fpn_det.engine.distributed import Process, launched_process
+from fpn_det.engine.evaluate import propose
+from fpn_det.structures import InputError
+
+
+def main() -> None:
+    """Read the command line and propose."""
+    parser = config_parser(__doc__)
+    parser.add_argument("--checkpoint", type=Path, required=True, help="weights with an RPN")
+    parser.add_argument("--split", choices=("train", "val"), required=True, help="which images")
+    parser.add_argument("--output", type=Path, required=True, help="the file to write (.npz)")
+    parser.add_argument("--top-k", type=count, help="proposals per image to keep (default: all that the model gives)")
+    args = parser.parse_intermixed_args()
+    with user_errors():
+        config = load_config(args.config, args.overrides)
+        with launched_process() as process:
+            run(config, args.checkpoint, args.split, args.output, top_k=args.top_k, process=process)
+
+
+def run(
+    config: Config, checkpoint_path: Path, split: str, output: Path, *, top_k: int | None, process: Process
+) -> None:
+    """Write the proposals of every image of `split` to `output` (collective)."""
+    if config.model.kind == "fast_rcnn":
+        raise InputError("model.kind fast_rcnn has no RPN; give the config and checkpoint of an rpn or faster_rcnn")
+    build.check_proposals(config, "train")
+    build.check_proposals(config, "val")
+    available = config.model.rpn.post_nms_top_k_test
+    if top_k is not None and top_k > available:
+        raise InputError(
+            f"--top-k {top_k}: the model gives at most {available} proposals per image; add "
+            f"model.rpn.post_nms_top_k_test={top_k}"
+        )
+    if output.is_dir():
+        raise InputError(f"{output}: is a folder; --output is the file to write")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    state = checkpoint.load_checkpoint(checkpoint_path)
+    categories = checkpoint.checkpoint_categories(state)
+    build.check_num_classes(config, categories)
+    model = build.build_model(config, len(categories), pretrained=False)
+    checkpoint.load_weights(model, checkpoint.best_weights(state), checkpoint_path)
+    paths = getattr(config.data, split)
+    data = load_coco(paths.annotations, paths.images)
+    found = []
+    for batch, proposals in propose(
+        model.to(process.device),
+        build.build_val_loader(config, data, process=process),
+        device=process.device,
+        precision=config.train.precision,
+        show_progress=process.is_main,
+    ):
+        for image_id, (h, w), (boxes, scores) in zip(
+            batch.image_ids.tolist(), batch.original_sizes.tolist(), proposals, strict=True
+        ):
+            boxes, scores = boxes[:top_k], scores[:top_k]
+            found.append(ImageProposals.encode(image_id=image_id, size=(h, w), boxes=boxes, scores=scores))
+    gathered = process.gather(found)
+    if process.is_main:
+        write_proposals(
+            output,
+            [image for part in gathered for image in part],
+            config=config.name,
+            checkpoint_sha256=sha256(checkpoint_path),
+        )
+        print(read_proposals(output).summary())
+
+
+def sha256(path: Path) -> str:
+    """Checksum of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def count(text: str) -> int:
+    """A number of at least 1 from the command line."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, not {text}")
+    return value
+
+
+if __name__ == "__main__":
+    main()
