@@ -115,6 +115,11 @@ class BackboneConfig(Section):
         return self
 
 
+def _check_groups(norm: Norm | None, key: str, channels: int) -> None:
+    if norm == "gn" and channels % 32:
+        raise ValueError(f"norm gn has 32 groups, but {key} is {channels}: set {key} to a multiple of 32")
+
+
 class PyramidConfig(Section):
     """What the feature pyramids P2..P6 share."""
 
@@ -126,6 +131,11 @@ class PyramidConfig(Section):
     """A 3x3 convolution on the coarsest level too."""
     norm: Norm | None = None
     """Normalisation after each convolution; none has a bias instead."""
+
+    @model_validator(mode="after")
+    def _channels_fit_norm(self) -> Self:
+        _check_groups(self.norm, "channels", self.channels)
+        return self
 
 
 class FpnConfig(PyramidConfig):
@@ -272,6 +282,12 @@ class ConvFcConfig(Section):
     """Their width."""
     norm: Norm | None = None
     """Normalisation after each convolution; none has a bias instead."""
+
+    @model_validator(mode="after")
+    def _channels_fit_norm(self) -> Self:
+        if self.num_convs > 0:
+            _check_groups(self.norm, "conv_channels", self.conv_channels)
+        return self
 
 
 class Res5Config(Section):
@@ -845,6 +861,8 @@ def _explain(item: ErrorDetails, loc: Sequence[int | str]) -> str:
     match item["type"]:
         case "union_tag_invalid":
             return f"kind must be one of {item['ctx']['expected_tags']}, received {_shown(item['input']['kind'])}"
+        case "missing" if isinstance(item["loc"][-1], int):
+            allowed = "must have more items"
         case "missing":
             return "is needed"
         case "extra_forbidden":
