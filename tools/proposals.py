@@ -6,7 +6,8 @@
 
 C and K are of a model of kind rpn or faster_rcnn. Images are resized as for detection, and each yields up to
 `model.rpn.post_nms_top_k_test` proposals, best first. Then set data.train.proposals or data.val.proposals to FILE.
-The FPN paper (Table 2) trains on 2000: add model.rpn.post_nms_top_k_test=2000 for the train split.
+The FPN paper (Table 2) trains on 2000: add model.rpn.pre_nms_top_k_test=2000 model.rpn.post_nms_top_k_test=2000 for
+the train split.
 """
 
 from __future__ import annotations
