@@ -54,6 +54,21 @@ def test_decode_clamps_growth_but_not_shrinking() -> None:
     assert decode(torch.tensor([0.0, 0, -20, -20]), reference)[2:].tolist() == pytest.approx([8, 8], abs=1e-4)
 
 
+def test_decode_clamps_both_sides() -> None:
+    """MMDetection's way: a box shrinks to 16 / 1000 of its size at most; within the bounds nothing changes."""
+    reference = torch.tensor([0.0, 0, 1000, 2000])
+    shrunk = decode(torch.tensor([0.0, 0, -100, -100]), reference, delta_clamp="both")
+    torch.testing.assert_close(shrunk, torch.tensor([492.0, 984, 508, 1016]))
+    weighted = decode(torch.tensor([0.0, 0, -500, -500]), reference, (1.0, 1.0, 5.0, 5.0), delta_clamp="both")
+    assert torch.equal(weighted, shrunk)  # clamped after the division
+    assert torch.equal(decode(torch.tensor([0.0, 0, -MAX_LOG_SCALE, -99]), reference, delta_clamp="both"), shrunk)
+    for bound in ("upper", "both"):
+        grown = decode(torch.tensor([0.0, 0, 100, 100]), torch.tensor([0.0, 0, 16, 16]), delta_clamp=bound)
+        assert grown.tolist() == pytest.approx([-492, -492, 508, 508], abs=1e-3)
+    inside = torch.tensor([0.3, -0.2, -4.1, 4.1])
+    assert torch.equal(decode(inside, reference, delta_clamp="both"), decode(inside, reference))
+
+
 def test_shapes_broadcast() -> None:
     reference = torch.tensor([[0.0, 0, 10, 20], [5, 5, 20, 9]])
     decoded = decode(torch.zeros(2, 3, 4), reference[:, None])

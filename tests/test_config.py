@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import yaml
@@ -22,6 +22,7 @@ from fpn_det.config import (
     load_config,
     parse_config,
 )
+from fpn_det.models.backbone import BODIES
 from fpn_det.structures import InputError
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
@@ -191,6 +192,172 @@ def test_steps_and_epochs_in_one_source():
     assert problems("train: {steps: 7, epochs: 12}", "train.steps=1") == [
         "f.yaml: train: steps and epochs are both given; give one of them"
     ]
+
+
+# Sections of several kinds
+
+
+VARIANTS = [
+    "neck: {top_down: false}",
+    "neck: {lateral: false, upsample: deconv}",
+    "{neck: {finest_only: true}, anchors: {sizes: [[32, 64]]}}",
+    "neck: {kind: pafpn, norm: gn, smooth_top: false}",
+    "{neck: {kind: single, stage: 5}, anchors: {sizes: [64], inferred_strides: true}}",
+    "{neck: {kind: single}, anchors: {sizes: [[1, 2.5]]}, roi_head: {box_head: {kind: res5}}}",
+    "roi_head: {kind: cascade}",
+    "roi_head: {kind: cascade, stages: [{positive_iou: 0.5, box_weights: [1, 1, 1, 1]}]}",
+    "roi_head: {box_head: {num_convs: 4, num_fcs: 1, norm: bn}, box_loss: ciou, background_rows: 11}",
+    "{kind: rpn, rpn: {shared_head: false, num_convs: 2, channels: 64, box_loss: giou}}",
+    "{kind: fast_rcnn, delta_clamp: both}",
+    "backbone: {name: resnext101_32x4d, weights: x.pth, norm_eps: 0, stride_in_1x1: true}",
+]
+
+
+@pytest.mark.parametrize("model", VARIANTS)
+def test_every_variant_survives_the_round_trip(model: str):
+    text = f"model: {{{model}}}" if model[0] != "{" else f"model: {model}"
+    config = parse_config(text, source="f")
+    assert config != Config()
+    dumped = dump_config(config)
+    assert parse_config(dumped, source="f") == config
+    again = parse_config(dumped, source="f", overrides=["seed=1"])  # as in a checkpoint, with a change
+    assert (again.model, again.seed) == (config.model, 1)
+
+
+def test_kind_comes_first():
+    """A section of a kind says so before its keys, wherever the schema has it."""
+    lines = dump_config(parse_config("model: {roi_head: {kind: cascade}}", source="f")).splitlines()
+    for i, line in enumerate(lines):
+        if line.strip() in ("model:", "backbone:", "neck:", "roi_head:", "box_head:", "optim:"):
+            assert lines[i + 1].strip().startswith("kind: "), line
+    assert sum(line.strip().startswith("kind: ") for line in lines) == 6
+    assert "  roi_head:\n    kind: cascade" in "\n".join(lines)
+
+
+def test_the_default_kind_need_not_be_stated():
+    model = parse_config("model: {neck: {channels: 8}, roi_head: {box_head: {fc_dim: 4}}}", source="f").model
+    assert (model.neck.kind, model.neck.channels) == ("fpn", 8)
+    assert (model.roi_head.kind, model.roi_head.box_head.kind, model.roi_head.box_head.fc_dim) == (
+        "standard",
+        "conv_fc",
+        4,
+    )
+    assert parse_config("model: {neck: {}}", source="f").model == Config().model
+
+
+def test_command_line_and_file_give_parts_of_a_kind():
+    """The kind of one source, the keys of the other; keys that both kinds have stay."""
+
+    def neck(text: str, *overrides: str) -> tuple[str, int, str]:
+        found = parse_config(f"model: {{neck: {text}}}", source="f", overrides=overrides).model.neck
+        return found.kind, found.channels, found.upsample
+
+    assert neck("{channels: 8}", "model.neck.kind=pafpn") == ("pafpn", 8, "nearest")
+    assert neck("{kind: pafpn, channels: 8}", "model.neck.upsample=deconv") == ("pafpn", 8, "deconv")
+    assert neck("{kind: pafpn, channels: 8}", "model.neck={kind: fpn}") == ("fpn", 8, "nearest")
+    head = parse_config("model: {roi_head: {num_samples: 9}}", source="f", overrides=["model.roi_head.kind=cascade"])
+    assert (head.model.roi_head.kind, head.model.roi_head.num_samples) == ("cascade", 9)
+    (problem,) = problems("model: {neck: {channels: 8, top_down: false}}", "model.neck.kind=pafpn")
+    assert problem == "f.yaml: model.neck.top_down: not a key of this kind"
+    (problem,) = problems("model: {neck: {kind: pafpn}}", "model.neck.top_down=false")
+    assert problem == "command line: model.neck.top_down: not a key of this kind"
+
+
+def test_bodies_of_the_schema_are_those_of_the_model():
+    assert list(get_args(BackboneConfig.model_fields["name"].annotation)) == list(BODIES)
+
+
+STAGE = "{positive_iou: 0.5, box_weights: [1, 1, 1, 1]}"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("kind: mask", "kind: must be 'faster_rcnn', 'rpn' or 'fast_rcnn', received \"mask\""),
+        ("neck: {kind: bifpn}", "neck: kind must be one of 'fpn', 'pafpn', 'single', received \"bifpn\""),
+        ("neck: {kind: [1]}", "neck: kind must be one of 'fpn', 'pafpn', 'single', received [1]"),
+        ("neck: fpn", 'neck: must be a section with keys of its own, received "fpn"'),
+        ("neck: {stage: 5}", "neck.stage: not a key of this kind"),
+        ("neck: {kind: single, channels: 4}", "neck.channels: not a key of this kind"),
+        ("neck: {kind: pafpn, lateral: false}", "neck.lateral: not a key of this kind"),
+        ("neck: {chanels: 4}", "neck.chanels: unknown key; did you mean model.neck.channels?"),
+        ("neck: {kind: single, stage: 3}", "neck.stage: must be 4 or 5, received 3"),
+        (
+            "neck: {top_down: false, lateral: false}",
+            "neck: top_down false goes with lateral true and finest_only false only: nothing else is a pyramid",
+        ),
+        (
+            "neck: {top_down: false, finest_only: true}",
+            "neck: top_down false goes with lateral true and finest_only false only: nothing else is a pyramid",
+        ),
+        (
+            "neck: {norm: gn, channels: 48}",
+            "neck: norm gn has 32 groups, but channels is 48: set channels to a multiple of 32",
+        ),
+        (
+            "roi_head: {box_head: {num_convs: 4, norm: gn, conv_channels: 100}}",
+            "roi_head.box_head: norm gn has 32 groups, but conv_channels is 100: set conv_channels to a multiple of 32",
+        ),
+        ("roi_head: {kind: double}", "roi_head: kind must be one of 'standard', 'cascade', received \"double\""),
+        (
+            "roi_head: {box_head: {kind: mlp}}",
+            "roi_head.box_head: kind must be one of 'conv_fc', 'res5', received \"mlp\"",
+        ),
+        (
+            "roi_head: {kind: cascade, box_head: {kind: res5, fc_dim: 3}}",
+            "roi_head.box_head.fc_dim: not a key of this kind",
+        ),
+        ("roi_head: {kind: cascade, positive_iou: 0.5}", "roi_head.positive_iou: not a key of this kind"),
+        (f"roi_head: {{stages: [{STAGE}]}}", "roi_head.stages: not a key of this kind"),
+        (
+            f"roi_head: {{kind: cascade, stages: [{STAGE}, {{positive_iou: 0.6}}]}}",
+            "roi_head.stages[1].box_weights: is needed",
+        ),
+        (
+            "roi_head: {kind: cascade, stages: [{positive_iou: 0.6, box_weights: [1, 2, 3]}]}",
+            "roi_head.stages[0].box_weights: must have more items, received [1, 2, 3]",
+        ),
+        ("pixel_std: [1]", "pixel_std: must have more items, received [1]"),
+        (
+            "roi_head: {kind: cascade, stages: [{positive_iou: 0.6, box_weights: [1, 2, 3, 4], los_weight: 1}]}",
+            "roi_head.stages[0].los_weight: unknown key; did you mean model.roi_head.stages.loss_weight?",
+        ),
+        ("roi_head: {kind: cascade, stages: []}", "roi_head.stages: must have at least 1 item, received []"),
+        ("anchors: {sizes: [8, 16, [32], [], 64]}", "anchors.sizes[3]: must be a valid number, received []"),
+        (
+            "anchors: {sizes: [8, 16, [32, 40], 64, 128]}",
+            "anchors.sizes: must give every level as many sizes, received [1, 1, 2, 1, 1]: one head serves all levels",
+        ),
+        (
+            "backbone: {name: resnet34, stride_in_1x1: true}",
+            "backbone: stride_in_1x1 is true, but the blocks of resnet34 have no 1x1 convolution: remove it",
+        ),
+    ],
+)
+def test_model_refusals(text: str, message: str):
+    assert problems(f"model: {{{text}}}") == [f"f.yaml: model.{message}"]
+
+
+def test_parts_that_do_not_fit_together():
+    pyramid = "give one entry (a number or a list of numbers) per level, such as [32, 64, 128, 256, 512]"
+    single = "give one entry (a number or a list of numbers) per level, such as [[32, 64, 128, 256, 512]]"
+    for neck in ("{kind: single}", "{finest_only: true}"):
+        assert problems(f"model: {{neck: {neck}}}") == [
+            f"f.yaml: model: anchors.sizes has 5 entries, but the neck has 1 levels: {single}"
+        ]
+        parse_config(f"model: {{neck: {neck}, anchors: {{sizes: [[32, 64]]}}}}", source="f")
+        parse_config(f"model: {{neck: {neck}, kind: fast_rcnn}}", source="f")  # has no anchors
+    for neck in ("{}", "{kind: pafpn}"):
+        assert problems(f"model: {{neck: {neck}, anchors: {{sizes: [[32, 64]]}}}}") == [
+            f"f.yaml: model: anchors.sizes has 1 entries, but the neck has 5 levels: {pyramid}"
+        ]
+    res5 = "roi_head: {box_head: {kind: res5}}"
+    for neck in ("{}", "{kind: single, stage: 5}"):
+        sizes = 1 if "single" in neck else 5
+        assert problems(f"model: {{neck: {neck}, anchors: {{sizes: {[32] * sizes}}}, {res5}}}") == [
+            "f.yaml: model: roi_head.box_head.kind res5 works on C4 only: set neck to {kind: single, stage: 4}"
+        ]
+    parse_config(f"model: {{kind: rpn, {res5}}}", source="f")  # has no such head
 
 
 # Refusals

@@ -132,7 +132,7 @@ class Layer4(nn.Module):
 
     def load_classifier(self, state_dict: dict[str, Tensor]) -> None:
         """As `ResNet.load_classifier`, for this stage."""
-        load_stages(self, state_dict, leave_out={"conv1", "bn1", "layer1", "layer2", "layer3"})
+        load_stages(self, state_dict, leave_out={"conv1", "bn1", "stem", "layer1", "layer2", "layer3"})
 
 
 def load_stages(module: nn.Module, state_dict: dict[str, Tensor], *, leave_out: Iterable[str]) -> None:
@@ -165,7 +165,7 @@ def read_classifier(name: str, weights: str) -> dict[str, Tensor]:
     Args:
         name: torchvision's name of the body.
         weights: a member of torchvision's weight enum of that body (`IMAGENET1K_V1`), downloaded on first use, or the
-            path of a file with such a state dict.
+            path of a file with such a state dict, or of a checkpoint of ours, whose body counts.
 
     Raises:
         InputError: neither a known name nor a readable file, or the download failed.
@@ -193,7 +193,9 @@ def read_classifier(name: str, weights: str) -> dict[str, Tensor]:
         raise InputError(
             f"model.backbone.weights: {path} is not a file of PyTorch weights ({type(error).__name__})"
         ) from error
-    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+    if isinstance(state, dict) and isinstance(state.get("model"), dict):  # a checkpoint of ours, of which the body
+        state = {k.removeprefix("backbone."): v for k, v in state["model"].items() if k.startswith("backbone.")}
+    if not isinstance(state, dict) or not state or not all(isinstance(v, Tensor) for v in state.values()):
         raise InputError(f"model.backbone.weights: {path} holds no state dict of a torchvision {name}")
     return state
 

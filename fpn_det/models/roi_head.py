@@ -329,8 +329,7 @@ class CascadeRoIHead(nn.Module):
             stats[f"roi_positives_{i}"] = head.count_positives(samples)
             for successor in self.heads[i : i + 1]:  # sampled once: it trains on all of the refined boxes
                 boxes = self.refine(head, logits, deltas, samples.boxes, sizes)
-                valid = samples.valid & box_ops.nonempty(boxes)
-                samples = successor.label(boxes * valid[:, :, None], valid, targets)
+                samples = successor.label(boxes, samples.valid & box_ops.nonempty(boxes), targets)
         return losses, stats
 
     @torch.no_grad()
@@ -351,7 +350,9 @@ class CascadeRoIHead(nn.Module):
     @staticmethod
     @torch.no_grad()
     def refine(head: RoIHead, logits: Tensor, deltas: Tensor, boxes: Tensor, sizes: Tensor) -> Tensor:
-        """(N, S, 4) boxes of the likeliest class (background aside) for the next stage, detached."""
+        """(N, S, 4) boxes of the likeliest class (background aside) for the next stage, detached; zeros if empty."""
         likeliest = logits[..., : head.num_classes].argmax(-1).clamp(max=deltas.shape[2] - 1)
         index = likeliest[:, :, None, None].expand(-1, -1, 1, 4)
-        return head.decode(deltas.gather(2, index), boxes, sizes).squeeze(2)
+        refined = head.decode(deltas.gather(2, index), boxes, sizes).squeeze(2)
+        # NaN of a diverged stage counts as empty: the pooler cannot place it, and the losses report it.
+        return torch.where(box_ops.nonempty(refined)[:, :, None], refined, 0)

@@ -256,6 +256,24 @@ def test_read_classifier_from_a_file(tmp_path, classifier: dict[str, torch.Tenso
     assert all(torch.equal(state[k], classifier[k]) for k in state)
 
 
+def test_read_classifier_from_a_checkpoint(tmp_path) -> None:
+    """The body of a detector of ours, whose stem has our names, for a body, a C4 body and a head of RoIs."""
+    source = ResNet(name="resnet18", norm="bn", frozen_stages=0)
+    model = {f"backbone.{k}": v for k, v in source.state_dict().items()} | {"neck.lateral.0.weight": torch.zeros(1)}
+    torch.save({"model": model, "step": 3}, tmp_path / "final.pth")
+    state = read_classifier("resnet18", str(tmp_path / "final.pth"))
+    body = ResNet(name="resnet18", norm="frozen_bn", frozen_stages=2)
+    c4 = ResNet(name="resnet18", norm="bn", frozen_stages=2, last_stage=4)
+    layer4 = Layer4(name="resnet18", norm="bn")
+    for part in (body, c4, layer4):
+        part.load_classifier(state)
+        own = {k: v for k, v in part.state_dict().items() if not k.endswith("num_batches_tracked")}
+        assert all(torch.equal(v, source.state_dict()[k]) for k, v in own.items())
+    torch.save({"model": {"neck.lateral.0.weight": torch.zeros(1)}}, tmp_path / "other.pth")
+    with pytest.raises(InputError, match="holds no state dict of a torchvision resnet18"):
+        read_classifier("resnet18", str(tmp_path / "other.pth"))
+
+
 def test_neither_name_nor_file() -> None:
     with pytest.raises(InputError, match=r"'IMAGENET1K_V3' is neither a file nor .* \(IMAGENET1K_V1"):
         read_classifier("resnet18", "IMAGENET1K_V3")

@@ -1,10 +1,13 @@
+import copy
 import dataclasses
 
 import pytest
 import torch
 
 from fpn_det.models.backbone import ResNet
-from fpn_det.structures import Batch, Detections
+from fpn_det.models.faster_rcnn import FasterRCNN, FastRCNN, ProposalNetwork
+from fpn_det.models.roi_head import CascadeRoIHead, RoIHead
+from fpn_det.structures import Batch, Detections, Proposals
 
 SIZES = [(60, 90), (49, 70)]
 BOXES = [[[5, 5, 40, 45], [50, 10, 85, 30]], [[10, 8, 60, 40]]]
@@ -82,8 +85,28 @@ def test_images_without_objects_train(make_model, make_batch, boxes, labels, agn
         assert losses["rpn_box"] == losses["roi_box"] == 0
 
 
-def test_loss_falls_on_one_batch(make_model, batch: Batch) -> None:
-    model = make_model().train()
+def with_cascade(model: FasterRCNN) -> FasterRCNN:
+    """The same detector with three class-agnostic stages, as in arXiv 1712.00726."""
+    plain = model.roi_head
+    assert isinstance(plain, RoIHead)
+    stages = [
+        RoIHead(
+            pooler=plain.pooler,
+            box_head=copy.deepcopy(plain.box_head),
+            num_classes=3,
+            class_agnostic=True,
+            positive_iou=iou,
+            box_weights=(10 * scale, 10 * scale, 5 * scale, 5 * scale),
+        )
+        for iou, scale in [(0.5, 1), (0.6, 2), (0.7, 3)]
+    ]
+    model.roi_head = CascadeRoIHead(stages=stages, loss_weights=(1, 0.5, 0.25))
+    return model
+
+
+@pytest.mark.parametrize("change", [lambda model: model, with_cascade], ids=["plain", "cascade"])
+def test_loss_falls_on_one_batch(make_model, batch: Batch, change) -> None:
+    model = change(make_model()).train()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
     history = []
     for _ in range(15):
@@ -169,3 +192,89 @@ def test_resnet_end_to_end(make_model, batch: Batch) -> None:
     for name, parameter in model.named_parameters():
         frozen = name.startswith(("backbone.stem", "backbone.layer1"))
         assert (parameter.grad is None) == frozen, name
+
+
+@pytest.fixture
+def detector(make_model) -> FasterRCNN:
+    """With proposals of different scores and detections of all classes."""
+    model = make_model(roi={"score_thresh": 0.0}, rpn={"post_nms_top_k_test": 60}).eval()
+    for layer in (
+        model.rpn.head.convs[0],
+        model.rpn.head.objectness,
+        model.rpn.head.deltas,
+        model.roi_head.class_logits,
+    ):
+        torch.nn.init.normal_(layer.weight, std=0.3)
+    return model
+
+
+def parts(model: FasterRCNN, *names: str) -> dict:
+    """The constants and these parts of a detector, for another one to share."""
+    constants = {"pixel_mean": model.pixel_mean.flatten().tolist(), "pixel_std": model.pixel_std.flatten().tolist()}
+    return constants | {name: getattr(model, name) for name in names}
+
+
+def equal(ours: Proposals | Detections, other: Proposals | Detections) -> bool:
+    return all(torch.equal(getattr(ours, f.name), getattr(other, f.name)) for f in dataclasses.fields(other))
+
+
+def test_proposal_network_is_the_first_stage(detector: FasterRCNN, batch: Batch) -> None:
+    rpn = ProposalNetwork(**parts(detector, "backbone", "neck", "rpn")).eval()
+    assert set(rpn.state_dict()) == {k for k in detector.state_dict() if not k.startswith("roi_head.")}
+    proposals = rpn.propose(batch)
+    assert proposals.boxes.shape == (2, 60, 4)
+    assert proposals.scores[0, 0] > proposals.scores[0, 59] + 0.05
+    assert equal(proposals, detector.propose(batch))
+    assert equal(proposals, detector.rpn.predict(detector.features(batch), batch.sizes))
+    runs = []
+    for model in (rpn.train(), detector.train()):
+        torch.manual_seed(2)
+        runs.append(model(batch))
+    (losses, stats), (their_losses, their_stats) = runs
+    assert losses == {k: v for k, v in their_losses.items() if k.startswith("rpn_")}
+    assert stats == {k: v for k, v in their_stats.items() if k.startswith("rpn_")}
+    assert losses.keys() | stats.keys() == {"rpn_objectness", "rpn_box", "rpn_positives"}
+
+
+def test_proposals_as_detections(detector: FasterRCNN, batch: Batch) -> None:
+    """All of one class, without padding, in the order of their scores."""
+    detector.rpn.min_size = 40  # fewer in one image than in the other
+    rpn = ProposalNetwork(**parts(detector, "backbone", "neck", "rpn")).eval()
+    proposals, found = rpn.propose(batch), rpn.predict(batch)
+    assert len({len(d) for d in found}) == 2
+    for i, detections in enumerate(found):
+        assert len(detections) == proposals.valid[i].sum()
+        assert torch.equal(detections.boxes, proposals.boxes[i, : len(detections)])
+        assert torch.equal(detections.scores, proposals.scores[i, : len(detections)])
+        assert not detections.labels.any()
+        assert detections.labels.dtype == torch.int64
+
+
+def test_fast_rcnn_is_the_second_stage(detector: FasterRCNN, batch: Batch) -> None:
+    fast = FastRCNN(**parts(detector, "backbone", "neck", "roi_head")).eval()
+    assert set(fast.state_dict()) == {k for k in detector.state_dict() if not k.startswith("rpn.")}
+    fed = dataclasses.replace(batch, proposals=detector.propose(batch))
+    assert fast.propose(fed) is fed.proposals
+    for ours, expected in zip(fast.predict(fed), detector.predict(batch), strict=True):
+        assert expected.labels.unique().tolist() == [0, 1, 2]
+        assert equal(ours, expected)
+    losses, stats = fast.train()(fed)
+    assert losses.keys() | stats.keys() == {"roi_class", "roi_box", "roi_positives"}
+    assert losses["roi_box"] > 0  # the ground truth counts as a proposal
+    assert stats["roi_positives"] >= 1.5
+    with pytest.raises(AssertionError, match="proposals"):
+        fast(batch)
+
+
+def test_cascade_end_to_end(detector: FasterRCNN, batch: Batch) -> None:
+    losses, stats = with_cascade(detector).train()(batch)
+    of_stages = {f"roi_{name}_{i}" for name in ("class", "box") for i in (1, 2, 3)}
+    assert losses.keys() == {"rpn_objectness", "rpn_box"} | of_stages
+    assert stats.keys() == {"rpn_positives", "roi_positives_1", "roi_positives_2", "roi_positives_3"}
+    assert all(loss.isfinite() for loss in losses.values())
+    detector.roi_head.heads[2].score_thresh = 0.0
+    for found, (h, w) in zip(detector.eval().predict(batch), SIZES, strict=True):
+        assert len(found) == 100
+        assert (found.scores.diff() <= 0).all()
+        assert (found.boxes >= 0).all()
+        assert (found.boxes <= torch.tensor([w, h, w, h])).all()

@@ -2,10 +2,12 @@ import math
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torchvision.ops import generalized_box_iou_loss
 
 from fpn_det import boxes as box_ops
-from fpn_det.models.roi_head import ConvFCHead, RoIHead, RoISamples
+from fpn_det.models.roi_head import ConvFCHead, Res5Head, RoIHead, RoISamples
 from fpn_det.models.roi_pool import MultiLevelRoIAlign
 from fpn_det.structures import Proposals, Targets
 
@@ -65,6 +67,45 @@ def test_box_head_is_two_relu_layers() -> None:
     fc1, fc2 = head.fcs
     hidden = (pooled.flatten(1) @ fc1.weight.T + fc1.bias).relu()
     torch.testing.assert_close(head(pooled), (hidden @ fc2.weight.T + fc2.bias).relu())
+
+
+@pytest.mark.parametrize("norm", [None, "gn"])
+def test_box_head_of_four_convolutions(norm: str | None) -> None:
+    """Convolution, norm, ReLU, four times, then one layer; the norm replaces the bias."""
+    head = ConvFCHead(in_channels=4, pool_size=3, num_convs=4, conv_channels=64, num_fcs=1, fc_dim=8, norm=norm)
+    assert (head.out_channels, head.fcs[0].in_features, len(head.fcs)) == (8, 64 * 9, 1)
+    names = {k.removesuffix(".weight") for k in head.state_dict() if k.endswith("weight")}
+    assert names == {f"convs.{i}{x}" for i in range(4) for x in ((".0", ".1") if norm else ("",))} | {"fcs.0"}
+    assert ("convs.0.0.bias" in head.state_dict()) is False
+    for p in head.parameters():
+        if p.dim() == 1:
+            nn.init.uniform_(p, -0.5, 0.5)
+    pooled = torch.randn(5, 4, 3, 3)
+    x = pooled
+    for conv in head.convs:
+        weight = conv[0].weight if norm else conv.weight
+        x = nn.functional.conv2d(x, weight, None if norm else conv.bias, padding=1)
+        x = nn.functional.group_norm(x, 32, conv[1].weight, conv[1].bias).relu() if norm else x.relu()
+    (fc,) = head.fcs
+    torch.testing.assert_close(head(pooled), (x.flatten(1) @ fc.weight.T + fc.bias).relu())
+    first = (head.convs[0][0] if norm else head.convs[0]).weight
+    assert first.std().item() == pytest.approx((2 / (64 * 9)) ** 0.5, rel=0.1)  # fan-out, for ReLU
+
+
+def test_res5_as_box_head() -> None:
+    """The last stage of a body on cells of C4; classifier and boxes read the mean of its cells."""
+    box_head = Res5Head(name="resnet18", norm="frozen_bn")
+    head = RoIHead(
+        pooler=MultiLevelRoIAlign(strides=(16,), output_size=6), box_head=box_head, num_classes=K, class_agnostic=True
+    )
+    c4, boxes = torch.randn(2, 256, 6, 8), torch.tensor([[[10.0, 20, 90, 80], [0, 0, 40, 70]]] * 2)
+    logits, deltas = head([c4], boxes)
+    assert (logits.shape, deltas.shape) == ((2, 2, K + 1), (2, 2, 1, 4))
+    c5 = box_head.layer4(head.pooler([c4], boxes))
+    assert c5.shape == (4, 512, 3, 3)
+    hidden = c5.mean((2, 3))
+    torch.testing.assert_close(logits.flatten(0, 1), head.class_logits(hidden))
+    torch.testing.assert_close(deltas.flatten(0, 2), head.box_deltas(hidden))
 
 
 def test_sample_labels_and_matches(make_targets) -> None:
@@ -164,6 +205,53 @@ def test_loss_by_hand(agnostic: bool, beta: float) -> None:
     assert deltas.grad.isfinite().all()
     assert not deltas.grad[0, 1:].any()  # background and not valid: no box loss
     assert deltas.grad[0, 0].any(dim=-1).tolist() == ([True] if agnostic else [False, True, False])
+
+
+@pytest.mark.parametrize("agnostic", [False, True])
+def test_iou_loss_and_weight(agnostic: bool) -> None:
+    """The RoI decoded with the deltas of its class, (10, 10, 5, 5) undone; the weight is the box loss's alone."""
+    logits, deltas = torch.randn(1, 4, K + 1), torch.randn(1, 4, 1 if agnostic else K, 4)
+    samples = one_positive()
+    head = make_head(box_loss="giou", class_agnostic=agnostic)
+    losses = head.loss(logits, deltas, samples)
+    pred = box_ops.decode(deltas[0, 0, 0 if agnostic else 1], samples.boxes[0, 0], WEIGHTS)
+    expected = generalized_box_iou_loss(pred, samples.gt_boxes[0, 0]) / 3
+    torch.testing.assert_close(losses["roi_box"], expected)
+    weighted = make_head(box_loss="giou", class_agnostic=agnostic, box_loss_weight=10.0).loss(logits, deltas, samples)
+    torch.testing.assert_close(weighted["roi_box"], 10 * expected)
+    assert torch.equal(weighted["roi_class"], losses["roi_class"])
+
+
+def test_background_rows() -> None:
+    """All rows share the probability; those after the classes are background, the first of them the label K."""
+    head = make_head(background_rows=3)
+    assert head.class_logits.out_features == K + 3
+    assert head.box_deltas.out_features == 4 * K
+    logits = torch.randn(1, 4, K + 3)
+    scores = head.scores(logits)
+    assert scores.shape == (1, 4, K)
+    torch.testing.assert_close(scores, logits.exp()[..., :K] / logits.exp().sum(-1, keepdim=True))
+    assert not torch.allclose(scores, make_head().scores(logits[..., : K + 1]))
+    loss = head.loss(logits, torch.zeros(1, 4, K, 4), one_positive())["roi_class"]
+    torch.testing.assert_close(loss, cross_entropy(logits[0, :3], torch.tensor([1, K, K])))
+
+
+def test_background_rows_give_no_detections() -> None:
+    logits = torch.tensor([[[0.0, 2.0, 0.0, 5.0, 6.0]]])
+    head = FixedHead(logits, torch.zeros(1, 1, K, 4), background_rows=2, score_thresh=0.0)
+    (found,) = head.predict([], propose(torch.tensor([[[20.0, 20, 60, 40]]])), SIZES[:1])
+    assert found.labels.tolist()[0] == 1
+    assert sorted(found.labels.tolist()) == [0, 1, 2]
+    assert found.scores[0].item() == pytest.approx(math.exp(2) / (2 + math.exp(2) + math.exp(5) + math.exp(6)))
+
+
+def test_predict_clamps_on_both_sides() -> None:
+    deltas = torch.full((1, 1, K, 4), -1e3) * torch.tensor([0.0, 0, 1, 1])
+    boxes, logits = torch.tensor([[[20.0, 20, 60, 40]]]), logits_of([[[0.9, 0.01, 0.01]]])
+    (both,) = FixedHead(logits, deltas, delta_clamp="both").predict([], propose(boxes), SIZES[:1])
+    expected = torch.tensor([[40 - 0.32, 30 - 0.16, 40 + 0.32, 30 + 0.16]])
+    torch.testing.assert_close(both.boxes, expected, rtol=0, atol=1e-5)
+    assert [len(d) for d in FixedHead(logits, deltas).predict([], propose(boxes), SIZES[:1])] == [0]
 
 
 def test_loss_of_nothing_is_zero() -> None:

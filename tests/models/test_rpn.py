@@ -82,7 +82,7 @@ def test_unshared_head() -> None:
     assert torch.equal(fine_deltas, deltas[0])
     torch.testing.assert_close(coarse, logits[1] + 1)
     torch.testing.assert_close(coarse_deltas, deltas[1] + 1)
-    with pytest.raises(ValueError, match="shorter|longer"):
+    with pytest.raises(ValueError, match="shorter than"):
         unshared(features[:1])
 
 
@@ -120,6 +120,16 @@ def test_sample_thresholds(make_targets) -> None:
     assert sorted(samples.index[0][samples.is_positive[0]].tolist()) == [0, 1]  # positive_iou itself is positive
     assert samples.index[0][samples.valid[0] & ~samples.is_positive[0]].tolist() == [3]  # negative_iou itself is not
     assert samples.valid[0].tolist() == [True, True, True, False]
+
+
+def test_anchors_beyond_the_image_take_part(make_targets) -> None:
+    """One that reaches over the border is positive (IoU 9/11), one wholly outside negative (arXiv 1612.03144, 5.1)."""
+    rpn = make_rpn(num_samples=2, positive_fraction=0.5)
+    anchors = [torch.tensor([[-1.0, 0, 9, 10], [-30, -30, -10, -10]])]
+    samples = rpn.sample(anchors, make_targets([[[0, 0, 10, 10]]], [[0]]))
+    assert samples.valid.all()
+    assert samples.index[samples.is_positive].tolist() == [0]
+    assert samples.index[~samples.is_positive].tolist() == [1]
 
 
 def test_min_match_iou(make_targets) -> None:
