@@ -417,7 +417,7 @@ class ModelConfig(Section):
         if self.kind != "fast_rcnn" and len(self.anchors.sizes) != num_levels:  # which has no anchors
             example = "[[32, 64, 128, 256, 512]]" if num_levels == 1 else "[32, 64, 128, 256, 512]"
             raise ValueError(
-                f"anchors.sizes has {len(self.anchors.sizes)} entries, but the neck has {num_levels} levels: give one"
+                f"anchors.sizes has {len(self.anchors.sizes)} entries, but the neck's levels are {num_levels}: give one"
                 f" entry (a number or a list of numbers) per level, such as {example}"
             )
         on_c4 = isinstance(self.neck, SingleLevelConfig) and self.neck.stage == 4

@@ -343,13 +343,13 @@ def test_parts_that_do_not_fit_together():
     single = "give one entry (a number or a list of numbers) per level, such as [[32, 64, 128, 256, 512]]"
     for neck in ("{kind: single}", "{finest_only: true}"):
         assert problems(f"model: {{neck: {neck}}}") == [
-            f"f.yaml: model: anchors.sizes has 5 entries, but the neck has 1 levels: {single}"
+            f"f.yaml: model: anchors.sizes has 5 entries, but the neck's levels are 1: {single}"
         ]
         parse_config(f"model: {{neck: {neck}, anchors: {{sizes: [[32, 64]]}}}}", source="f")
         parse_config(f"model: {{neck: {neck}, kind: fast_rcnn}}", source="f")  # has no anchors
     for neck in ("{}", "{kind: pafpn}"):
         assert problems(f"model: {{neck: {neck}, anchors: {{sizes: [[32, 64]]}}}}") == [
-            f"f.yaml: model: anchors.sizes has 1 entries, but the neck has 5 levels: {pyramid}"
+            f"f.yaml: model: anchors.sizes has 1 entries, but the neck's levels are 5: {pyramid}"
         ]
     res5 = "roi_head: {box_head: {kind: res5}}"
     for neck in ("{}", "{kind: single, stage: 5}"):
@@ -393,7 +393,7 @@ def test_parts_that_do_not_fit_together():
         ("model=null", "model: must be a section with keys of its own, received null"),
         (
             "model.anchors.sizes=[8,16]",
-            "model: anchors.sizes has 2 entries, but the neck has 5 levels: give one entry (a number or a list of "
+            "model: anchors.sizes has 2 entries, but the neck's levels are 5: give one entry (a number or a list of "
             "numbers) per level, such as [32, 64, 128, 256, 512]",
         ),
         (

@@ -27,6 +27,7 @@ def box_loss(
     kind: BoxLoss = "smooth_l1",
     beta: float = 0.0,
     weights: box_ops.Weights = (1.0, 1.0, 1.0, 1.0),
+    delta_clamp: box_ops.DeltaClamp = "upper",
 ) -> Tensor:
     """The loss summed over the positives.
 
@@ -38,6 +39,7 @@ def box_loss(
         kind: which loss.
         beta: where smooth L1 turns from quadratic to linear; 0 is L1.
         weights: multipliers of the encoded deltas.
+        delta_clamp: on which sides dw and dh are clamped where boxes are decoded.
 
     Returns:
         Scalar float32; 0, with zero gradient, without positives.
@@ -55,6 +57,6 @@ def box_loss(
     # Padding has no width, at which these losses have no gradient: any box of some size takes its place.
     anywhere = reference.new_tensor([0.0, 0.0, 1.0, 1.0])
     reference, gt_boxes = torch.where(mask, reference, anywhere), torch.where(mask, gt_boxes, anywhere)
-    pred = box_ops.decode(torch.where(mask, deltas, 0), reference, weights)
+    pred = box_ops.decode(torch.where(mask, deltas, 0), reference, weights, delta_clamp=delta_clamp)
     losses: Tensor = iou_loss(pred, gt_boxes, reduction="none")
     return (losses * is_positive).sum()

@@ -251,6 +251,7 @@ class RoIHead(nn.Module):
             kind=self.box_loss,
             beta=self.smooth_l1_beta,
             weights=self.box_weights,
+            delta_clamp=self.delta_clamp,
         )
         return {"roi_class": classification / num_sampled, "roi_box": self.box_loss_weight * box / num_sampled}
 

@@ -206,6 +206,7 @@ class RPN(nn.Module):
             samples.is_positive,
             kind=self.box_loss,
             beta=self.smooth_l1_beta,
+            delta_clamp=self.delta_clamp,
         )
         divisor = self.num_samples * len(index)
         return {"rpn_objectness": objectness / divisor, "rpn_box": self.box_loss_weight * box / divisor}

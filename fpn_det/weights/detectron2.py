@@ -98,7 +98,7 @@ def _convert_detector(file: WeightFile, style: Style) -> Converted:
     return Converted(
         kind="detector",
         state_dict=state_dict,
-        config={"model": model, "data": {"resize": "pillow"}},
+        config={"model": model, "data": {"resize": "pillow"}, "eval": {"batch_size": 1}},
         rows=rows,
         categories=categories,
         remarks=tuple(remarks),

@@ -88,7 +88,7 @@ def convert(file: WeightFile, *, style: Style = "auto") -> Converted:
     return Converted(
         kind="detector",
         state_dict=state_dict,
-        config={"model": model, "data": {"resize": "opencv", **_sizes(config)}},
+        config={"model": model, "data": {"resize": "opencv", **_sizes(config)}, "eval": {"batch_size": 1}},
         rows=rows,
         categories=categories,
         remarks=tuple(remarks),

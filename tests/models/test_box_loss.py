@@ -114,3 +114,14 @@ def test_zero_without_positives(kind: str, shape: tuple[int, ...]) -> None:
     loss.backward()
     assert deltas.grad is not None
     assert not deltas.grad.any()
+
+
+@pytest.mark.parametrize("delta_clamp", ["upper", "both"])
+def test_clamp_of_decoded_boxes(delta_clamp: box_ops.DeltaClamp) -> None:
+    """Clamped below, the predicted box has 16/1000 of the anchor's side; else it is smaller by far."""
+    deltas, reference = torch.tensor([[0.0, 0.0, -9.0, -9.0]]), torch.tensor([[0.0, 0.0, 1000.0, 1000.0]])
+    side = 16.0 if delta_clamp == "both" else 1000 * math.exp(-9)
+    pred, gt_box = [500 - side / 2, 500 - side / 2, 500 + side / 2, 500 + side / 2], [480.0, 480.0, 520.0, 520.0]
+    positive = torch.tensor([True])
+    found = box_loss(deltas, reference, torch.tensor([gt_box]), positive, kind="giou", delta_clamp=delta_clamp)
+    assert found.item() == pytest.approx(loss_of_pair(pred, gt_box, "giou"), rel=1e-4)
