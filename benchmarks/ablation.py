@@ -29,7 +29,7 @@ from fpn_det.structures import InputError
 
 ROOT = Path(__file__).parent.parent
 RUNS = ROOT / "runs" / "ablation"
-DATA = {"num_train": 3000, "num_val": 400, "size": 256, "smallest": 12}
+DATA = {"num_train": 3000, "num_val": 400, "size": 256, "smallest": 12, "distractors": 8}
 
 FPN = ["model.neck.channels=64", "model.anchors.sizes=[12,24,48,96,192]"]
 ONE_LEVEL = [  # as many anchors and candidates there as on the five levels of a pyramid together
@@ -170,7 +170,7 @@ def write_report(seeds: Sequence[int]) -> None:
 
 `python benchmarks/ablation.py` trains the rows of tables 1 and 3 of arXiv 1612.03144 on generated shapes:
 {DATA["num_train"]} training and {DATA["num_val"]} validation images, {DATA["size"]} pixels a side, shapes of
-{DATA["smallest"]} to 180 pixels; ResNet-18 from scratch, {", ".join(map(str, sorted(steps)))} steps of 8 images each,
+{DATA["smallest"]} to 180 pixels among up to {DATA["distractors"]} others per image that belong to no category; ResNet-18 from scratch, {", ".join(map(str, sorted(steps)))} steps of 8 images each,
 seeds {", ".join(map(str, seeds))} ([benchmarks/ablation.yaml](../benchmarks/ablation.yaml) has the rest). All of it
 took {60 * hours["processor"]:.0f} minutes of processor time, {60 * hours["processor"] / 2:.0f} minutes on two cores.
 

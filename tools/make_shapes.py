@@ -1,7 +1,7 @@
 """Generate the shapes data set, a small one in COCO format for trying everything out (seconds, no download).
 
 python tools/make_shapes.py [--output data/shapes] [--seed 0] [--num-train 2000] [--num-val 200] [--size 128]
-        [--smallest 18]
+        [--smallest 18] [--distractors 0]
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ def main() -> None:
     parser.add_argument(
         "--smallest", type=int, default=SMALLEST_PX, help="longest side of the smallest shape in pixels"
     )
+    parser.add_argument("--distractors", type=int, default=0, help="most shapes per image that belong to no category")
     args = parser.parse_args()
     with user_errors():
         generate(
@@ -32,6 +33,7 @@ def main() -> None:
             num_val=args.num_val,
             size=args.size,
             smallest=args.smallest,
+            distractors=args.distractors,
             seed=args.seed,
         )
 

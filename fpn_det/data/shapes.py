@@ -15,6 +15,7 @@ from __future__ import annotations
 import colorsys
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,9 @@ VERSION = 1
 
 CATEGORIES = {"circle": 3, "square": 7, "triangle": 8, "cross": 21, "ring": 90}
 """Category ids by name. They have gaps, as COCO's do."""
+
+DISTRACTORS = ("half", "angle", "tee", "star", "bars")
+"""Outlines that belong to no category."""
 
 SPLITS = ("train", "val")
 SUBPIXELS = 4
@@ -48,12 +52,14 @@ def generate(
     num_val: int = 200,
     size: int = 128,
     smallest: int = SMALLEST_PX,
+    distractors: int = 0,
     seed: int = 0,
 ) -> None:
     """Write the data set, or keep what is there if the same call already completed.
 
-    Every image is a function of (seed, split, index, size, smallest) alone: more images extend a data set without
-    changing those that it had. Annotations are written last, so an interrupted call leaves no complete data set behind.
+    Every image is a function of seed, split, index, size, smallest and distractors alone: more images extend a data set
+    without changing those that it had. Annotations are written last, so an interrupted call leaves no complete data
+    set behind.
 
     Args:
         root: folder for `train/*.jpg`, `val/*.jpg` and `annotations/{train,val}.json`; created if missing.
@@ -62,6 +68,8 @@ def generate(
         size: longer side of the images in pixels, a multiple of 4 from 64 to 512.
         smallest: smallest longest side of a shape in pixels, from 8 to half of `size`; sizes are spread evenly on a
             logarithmic scale.
+        distractors: most shapes per image that are not annotated, since they belong to no category (0..8): with them, a
+            detector must know the outlines to find the objects, not only to name them.
         seed: any integer from 0.
 
     Raises:
@@ -74,6 +82,7 @@ def generate(
         "num_val": num_val,
         "size": size,
         "smallest": smallest,
+        "distractors": distractors,
     }
     for name, number, lowest in (("num_train", num_train, 1), ("num_val", num_val, 1), ("seed", seed, 0)):
         if number < lowest:
@@ -82,6 +91,8 @@ def generate(
         raise InputError(f"size is {size}; give a multiple of 4 from 64 to 512")
     if not 8 <= smallest <= size // 2:
         raise InputError(f"smallest is {smallest}; give 8 to {size // 2}, half of size")
+    if not 0 <= distractors <= 8:
+        raise InputError(f"distractors is {distractors}; give 0 to 8")
 
     annotation_files = {split: root / "annotations" / f"{split}.json" for split in SPLITS}
     present = [path for path in annotation_files.values() if path.exists()]
@@ -92,7 +103,15 @@ def generate(
         return
 
     contents = {
-        split: _write_images(root / split, split=split, number=number, size=size, smallest=smallest, seed=seed)
+        split: _write_images(
+            root / split,
+            split=split,
+            number=number,
+            size=size,
+            smallest=smallest,
+            distractors=distractors,
+            seed=seed,
+        )
         for split, number in zip(SPLITS, (num_train, num_val), strict=True)
     }
     categories = [{"id": i, "name": name, "supercategory": "shape"} for name, i in CATEGORIES.items()]
@@ -118,14 +137,16 @@ def _refuse_other(path: Path, parameters: dict[str, int]) -> None:
 
 
 def _write_images(
-    folder: Path, *, split: str, number: int, size: int, smallest: int, seed: int
+    folder: Path, *, split: str, number: int, size: int, smallest: int, distractors: int, seed: int
 ) -> dict[str, list[dict[str, Any]]]:
     """Write the images of one split; return the COCO lists `images` and `annotations`."""
     folder.mkdir(parents=True, exist_ok=True)
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
     for index in tqdm(range(number), desc=f"shapes {split}", unit="image"):
-        pixels, objects = draw(seed=seed, split=split, index=index, size=size, smallest=smallest)
+        pixels, objects = draw(
+            seed=seed, split=split, index=index, size=size, smallest=smallest, distractors=distractors
+        )
         image_id = 10 * index + 3 + SPLITS.index(split)  # gaps, and no id in both splits
         name = f"{image_id:06d}.jpg"
         # Full-resolution chroma: a shape may differ from its background by hue alone.
@@ -137,7 +158,7 @@ def _write_images(
 
 
 def draw(
-    *, seed: int, split: str, index: int, size: int, smallest: int = SMALLEST_PX
+    *, seed: int, split: str, index: int, size: int, smallest: int = SMALLEST_PX, distractors: int = 0
 ) -> tuple[NDArray[np.uint8], list[dict[str, Any]]]:
     """Draw one image.
 
@@ -147,6 +168,7 @@ def draw(
         index: number of the image within its split.
         size: longer side in pixels.
         smallest: smallest longest side of a shape in pixels.
+        distractors: most shapes that are not annotated.
 
     Returns:
         (H, W, 3) uint8 RGB pixels, and the objects as COCO annotations without `id` and `image_id`.
@@ -155,7 +177,7 @@ def draw(
     short = size * 3 // 4
     height, width = ((size, size), (short, size), (size, short))[rng.choice(3, p=(0.7, 0.15, 0.15))]
     largest = min(0.7 * size, 0.9 * min(height, width))
-    label_map, kinds = _arrange(rng, height, width, sizes_px=(smallest, largest))
+    label_map, kinds = _arrange(rng, height, width, sizes_px=(smallest, largest), distractors=distractors)
     coverage = [_coverage(label_map == label) for label in range(1, len(kinds) + 1)]
 
     tones = rng.uniform(0.1, 0.9) + rng.uniform(-0.15, 0.15, (2, 3))
@@ -171,6 +193,8 @@ def draw(
 
     objects = []
     for (name, crowd), shape in zip(kinds, coverage, strict=True):
+        if name in DISTRACTORS:
+            continue
         bbox, area = measure(shape >= 0.5)
         objects.append({"category_id": CATEGORIES[name], "bbox": bbox, "area": area, "iscrowd": int(crowd)})
     return (pixels.clip(0, 1) * 255).round().astype(np.uint8), objects
@@ -184,7 +208,7 @@ def measure(mask: NDArray[np.bool_]) -> tuple[list[float], float]:
 
 
 def _arrange(
-    rng: np.random.Generator, height: int, width: int, *, sizes_px: tuple[float, float]
+    rng: np.random.Generator, height: int, width: int, *, sizes_px: tuple[float, float], distractors: int
 ) -> tuple[NDArray[np.uint8], list[tuple[str, bool]]]:
     """Choose what lies where.
 
@@ -197,12 +221,18 @@ def _arrange(
     areas: list[float] = []
     if rng.random() < 0.05:
         return label_map, kinds
-    names = list(CATEGORIES)
-    wanted = [False] * int(rng.integers(1, 8))
+    names = tuple(CATEGORIES)
+    wanted = [(names, False)] * int(rng.integers(1, 8))
     if rng.random() < 0.05:
-        wanted.insert(0, True)
-    for crowd in wanted:
-        name = names[rng.integers(len(names))]
+        wanted.insert(0, (names, True))
+
+    def with_distractors() -> Iterator[tuple[tuple[str, ...], bool]]:
+        yield from wanted
+        if distractors:  # last, so that the objects are the same without them
+            yield from [(DISTRACTORS, False)] * int(rng.integers(distractors + 1))
+
+    for choices, crowd in with_distractors():
+        name = choices[rng.integers(len(choices))]
         for _ in range(20):  # a shape that finds no room is left out
             if crowd:
                 mask = _crowd(rng, name, label_map.shape)
@@ -239,6 +269,19 @@ def _outline(rng: np.random.Generator, name: str, longest_px: float) -> NDArray[
         case "ring":  # out along the rim, back along the hole: one closed line whose seam has no width
             rim = np.concatenate([_regular(48), _regular(48)[:1]])
             points = np.concatenate([rim, 0.55 * rim[::-1]])
+        case "half":
+            points = _regular(48)[:25]
+        case "angle":
+            points = np.array([(-1, -1), (-0.3, -1), (-0.3, 0.3), (1, 0.3), (1, 1), (-1, 1)])
+        case "tee":
+            points = np.array(
+                [(-1, -1), (1, -1), (1, -0.3), (0.35, -0.3), (0.35, 1), (-0.35, 1), (-0.35, -0.3), (-1, -0.3)]
+            )
+        case "star":
+            points = np.stack([_regular(5), 0.4 * _regular(10)[1::2]], axis=1).reshape(-1, 2)
+        case "bars":  # two, joined by a line without width
+            bar = np.array([(-1, -1), (-0.4, -1), (-0.4, 1), (-1, 1), (-1, -1)])
+            points = np.concatenate([bar, bar + (1.4, 0), bar[:1]])
         case _:
             raise AssertionError(name)
     squeeze = np.ones(2)

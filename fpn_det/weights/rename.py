@@ -88,7 +88,7 @@ def rename(
         The tensors in our names, and a row per tensor of the file.
 
     Raises:
-        InputError: naming all tensors without a rule, or two that would have the same name.
+        InputError: naming the tensors without a rule, or two that would have the same name.
     """
     state_dict: dict[str, Tensor] = {}
     origin: dict[str, str] = {}
@@ -114,8 +114,9 @@ def rename(
         state_dict[target] = value if rule.transform is None else rule.transform(value)
         rows.append(Row(name, target, "taken" if rule.transform is None else rule.action, rule.note))
     if unknown:
+        examples = ", ".join(unknown[:20]) + (f" and {len(unknown) - 20} more" if len(unknown) > 20 else "")
         raise InputError(
-            f"{source}: {len(unknown)} of {len(tensors)} tensors are of no known layer: {', '.join(unknown)}. "
+            f"{source}: {len(unknown)} of {len(tensors)} tensors are of no known layer: {examples}. "
             "Nothing is dropped silently: if the model works without them, delete them from the file"
         )
     return state_dict, rows

@@ -175,10 +175,10 @@ def _norm_eps(asked: float | None, sha256: str, norm: str | None) -> tuple[float
     """Of the body's norms, and in words why."""
     if asked is not None:
         return asked, f"norm_eps {asked:g}, as asked for"
-    if norm == "bn":
-        return 1e-5, "norm_eps 1e-5, as in every batch norm of torchvision that is trained"
     if sha256.startswith(SHA256_OF_EPS_0):
         return 0.0, "norm_eps 0, which torchvision sets for these weights (FasterRCNN_ResNet50_FPN_Weights.COCO_V1)"
+    if norm == "bn":
+        return 1e-5, "norm_eps 1e-5, as in every batch norm of torchvision that is trained"
     return 1e-5, (
         "norm_eps 1e-5, as in every model but torchvision's COCO_V1; the file does not tell: give --norm-eps 0 if it "
         "was fine-tuned from those weights"
