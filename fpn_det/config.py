@@ -333,8 +333,9 @@ class SharedRoiHeadConfig(BoxLossConfig):
     """Of two detections of a class that overlap more than this, the better one stays."""
     detections_per_image: Count = 100
     """Most detections per image; the evaluation uses the same number."""
-    min_size: NonNegative = 0.0
-    """Detections must be wider and higher than this many pixels of the resized image."""
+    min_size: Annotated[float, Field(ge=-1)] | None = 0.0
+    """Detections must be wider and higher than this many pixels of the resized image; -1: even those without an area
+    stay (MMDetection); `none`: they go, but count among `detections_per_image` (Detectron2)."""
 
 
 class RoiHeadConfig(SharedRoiHeadConfig):

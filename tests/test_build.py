@@ -325,6 +325,7 @@ def test_variant(name: str, batch: Batch):
         ("model.roi_head.box_weights=[1, 2, 3, 4]", "roi_head.box_weights", (1, 2, 3, 4)),
         ("model.roi_head.positive_iou=0.4", "roi_head.positive_iou", 0.4),
         ("model.roi_head.min_size=2", "roi_head.min_size", 2),
+        ("model.roi_head.min_size=none", "roi_head.min_size", None),
         ("model.roi_head.detections_per_image=7", "roi_head.detections_per_image", 7),
         ("model.roi_head.pool_size=5", "roi_head.pooler.output_size", 5),
         ("model.roi_head.pool_size=5", "roi_head.box_head.fcs.0.in_features", 256 * 25),

@@ -119,7 +119,8 @@ class RoIHead(nn.Module):
         score_thresh: detections must score more.
         nms_thresh: IoU of NMS, within each class.
         detections_per_image: the most that are kept.
-        min_size: detections must be wider and higher than this many pixels.
+        min_size: detections must be wider and higher than this many pixels; None: they must have an area, but those
+            without take part in NMS and count among `detections_per_image` (as in Detectron2).
     """
 
     def __init__(
@@ -141,7 +142,7 @@ class RoIHead(nn.Module):
         score_thresh: float = 0.05,
         nms_thresh: float = 0.5,
         detections_per_image: int = 100,
-        min_size: float = 0.0,
+        min_size: float | None = 0.0,
     ) -> None:
         super().__init__()
         self.pooler = pooler
@@ -288,13 +289,16 @@ class RoIHead(nn.Module):
             valid: (N, P) bool, which proposals count.
         """
         boxes = boxes.expand(-1, -1, self.num_classes, -1)
-        kept = (scores > self.score_thresh) & valid[:, :, None] & box_ops.nonempty(boxes, self.min_size)
+        min_size = -torch.inf if self.min_size is None else self.min_size  # which NaN does not exceed either
+        kept = (scores > self.score_thresh) & valid[:, :, None] & box_ops.nonempty(boxes, min_size)
         labels = torch.arange(self.num_classes, device=scores.device).expand_as(scores)
         boxes, scores, labels, kept = (x.flatten(1, 2) for x in (boxes, scores, labels, kept))
         index, kept = grouped_nms(
             boxes, scores, labels, kept, iou_thresh=self.nms_thresh, top_k=self.detections_per_image
         )
         keep = [index[i, kept[i]] for i in range(len(boxes))]
+        if self.min_size is None:
+            keep = [k[box_ops.nonempty(boxes[i, k])] for i, k in enumerate(keep)]
         return [Detections(boxes=boxes[i, k], scores=scores[i, k], labels=labels[i, k]) for i, k in enumerate(keep)]
 
 

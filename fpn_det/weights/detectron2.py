@@ -88,6 +88,7 @@ def _convert_detector(file: WeightFile, style: Style) -> Converted:
     remarks = [body_input.remark()]
     if "roi_head" in model:
         model["roi_head"] |= {"sampling_ratio": 0, "aligned": True, "level_eps": 1e-8, "background_rows": 1}
+        model["roi_head"]["min_size"] = None
         num_classes = len(state_dict["roi_head.class_logits.bias"]) - 1
         categories = COCO_CATEGORIES if num_classes == len(COCO_CATEGORIES) else None
         remarks.append(

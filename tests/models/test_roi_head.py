@@ -319,6 +319,34 @@ def test_predict_drops_small_boxes() -> None:
         assert len(head.predict([], propose(boxes), SIZES[:1])[0]) == count
 
 
+def test_predict_counts_empty_boxes_without_a_min_size() -> None:
+    """Detectron2 drops detections without area at the very end: of the two best, one is beyond the image."""
+    boxes = torch.tensor([[[200.0, 10, 220, 30], [10, 10, 11.5, 40], [50, 10, 70, 40]]])
+    logits = logits_of([[[0.9, 0.01, 0.01], [0.8, 0.01, 0.01], [0.7, 0.01, 0.01]]])
+    for min_size, kept in [(0.0, [1, 2]), (None, [1])]:
+        head = FixedHead(logits, torch.zeros(1, 3, K, 4), min_size=min_size, detections_per_image=2)
+        (found,) = head.predict([], propose(boxes), SIZES[:1])
+        assert found.boxes.tolist() == boxes[0, kept].tolist()
+
+
+def test_predict_keeps_boxes_without_area_if_asked_to() -> None:
+    """As MMDetection does; one is beyond the image, one as wide as nothing."""
+    boxes = torch.tensor([[[200.0, 10, 220, 30], [10, 10, 10, 40], [50, 10, 70, 40]]])
+    logits = logits_of([[[0.9, 0.01, 0.01], [0.8, 0.01, 0.01], [0.7, 0.01, 0.01]]])
+    (found,) = FixedHead(logits, torch.zeros(1, 3, K, 4), min_size=-1).predict([], propose(boxes), SIZES[:1])
+    assert found.boxes.tolist() == [[150, 10, 150, 30], [10, 10, 10, 40], [50, 10, 70, 40]]
+
+
+def test_predict_without_a_min_size_keeps_nan_out_of_nms() -> None:
+    """One NaN would keep NMS from dropping anything."""
+    boxes = torch.tensor([[[10.0, 10, 20, 20], [50, 10, 70, 40], [50, 10, 70, 41]]])
+    deltas = torch.zeros(1, 3, K, 4)
+    deltas[0, 0] = torch.nan
+    logits = logits_of([[[0.9, 0.01, 0.01], [0.8, 0.01, 0.01], [0.7, 0.01, 0.01]]])
+    (found,) = FixedHead(logits, deltas, min_size=None).predict([], propose(boxes), SIZES[:1])
+    assert found.boxes.tolist() == boxes[0, 1:2].tolist()
+
+
 def test_predict_images_are_independent_and_may_be_empty() -> None:
     boxes = torch.tensor([[[10.0, 10, 30, 30]], [[70, 80, 80, 110]]])
     head = FixedHead(logits_of([[[0.01, 0.01, 0.01]], [[0.01, 0.9, 0.01]]]), torch.zeros(2, 1, K, 4))

@@ -124,6 +124,7 @@ def test_conventions_of_the_model_zoo(tensors: dict[str, Tensor]) -> None:
     assert (backbone.name, backbone.norm, backbone.stride_in_1x1) == ("resnet50", "frozen_bn", True)
     assert (rpn.pre_nms_top_k_test, rpn.post_nms_top_k_test, rpn.smooth_l1_beta) == (1000, 1000, 0)
     assert (head.aligned, head.sampling_ratio, head.level_eps, head.background_rows) == (True, 0, 1e-8, 1)
+    assert head.min_size is None
     assert converted.categories == COCO_CATEGORIES
 
 
