@@ -31,6 +31,7 @@ from fpn_det.data.coco import CocoAnnotations, format_problems, load_coco
 from fpn_det.data.loader import DetectionDataset, TestSampler, TrainSampler, make_loader
 from fpn_det.data.proposals import FixedProposals, read_proposals
 from fpn_det.data.transforms import TestTransform, TrainTransform
+from fpn_det.engine.checkpoint import State, best_weights, checkpoint_categories, load_checkpoint, load_weights
 from fpn_det.engine.coco_eval import Metrics, ProposalMetrics, read_ground_truth
 from fpn_det.engine.distributed import Process
 from fpn_det.engine.evaluate import View, evaluate, evaluate_proposals
@@ -49,10 +50,11 @@ def load_train_data(config: Config) -> CocoAnnotations:
     """The training annotations, checked against the config.
 
     Raises:
-        InputError: what `load_coco` raises, no image left to train on, or a contradicting `model.num_classes` or
-            `data.train.proposals`.
+        InputError: what `load_coco` raises, no image left to train on, a contradicting `model.num_classes` or
+            `data.train.proposals`, or a norm that cannot be trained.
     """
     check_proposals(config, "train")
+    check_norms(config)
     split = config.data.train
     data = load_coco(split.annotations, split.images, on_error=config.data.on_error)
     check_num_classes(config, data.categories)
@@ -81,13 +83,29 @@ def load_val_data(config: Config) -> CocoAnnotations:
     return data
 
 
-def check_num_classes(config: Config, categories: Categories) -> None:
-    """Refuse a `model.num_classes` that contradicts the data set."""
+def check_num_classes(config: Config, categories: Categories) -> Categories:
+    """The categories; refuses a `model.num_classes` that contradicts them."""
     if config.model.num_classes not in (None, len(categories)):
         raise InputError(
             f"model.num_classes is {config.model.num_classes}, but the data set has {len(categories)} classes "
             f"({', '.join(categories.names[:10])}). Remove model.num_classes: the number comes from the data set"
         )
+    return categories
+
+
+def check_norms(config: Config) -> None:
+    """Refuse to train layers that start at random under frozen batch norm, which would never normalise them."""
+    neck, head = config.model.neck, config.model.roi_head.box_head
+    frozen = {
+        "model.neck.norm": isinstance(neck, FpnConfig | PafpnConfig) and neck.norm == "frozen_bn",
+        "model.roi_head.box_head.norm": isinstance(head, ConvFcConfig) and head.norm == "frozen_bn",
+    }
+    for key, is_frozen in frozen.items():
+        if is_frozen:
+            raise InputError(
+                f"{key} is frozen_bn, whose identity statistics would never normalise layers that start at random: set "
+                "it to bn, sync_bn, gn or none (frozen_bn there is for imported detectors)"
+            )
 
 
 def check_proposals(config: Config, split: Literal["train", "val"]) -> None:
@@ -185,8 +203,6 @@ def build_test_transforms(config: Config) -> list[TestTransform]:
     tta = config.eval.tta
     if tta is None:
         return [build_test_transform(config)]
-    if config.model.kind == "rpn":
-        raise InputError("eval.tta merges detections, but model.kind rpn gives proposals; set eval.tta=none")
     return [
         TestTransform(short_side=side, long_side=tta.long_side, resize=config.data.resize, horizontal_flip=flip)
         for side in tta.short_sides
@@ -281,6 +297,19 @@ def build_model(config: Config, num_classes: int, *, pretrained: bool) -> Detect
             return FastRCNN(**parts, roi_head=build_roi_head(config, neck, num_classes, weights))
         case _:
             assert_never(model.kind)
+
+
+def load_detector(config: Config, path: Path, device: torch.device) -> tuple[Detector, State]:
+    """A trained detector on `device`, with the checkpoint that it comes from.
+
+    Raises:
+        InputError: the checkpoint cannot be read, or is of other classes or another architecture than the config.
+    """
+    state = load_checkpoint(path)
+    num_classes = len(check_num_classes(config, checkpoint_categories(state)))
+    model = build_model(config, num_classes, pretrained=False)
+    load_weights(model, best_weights(state), path)
+    return model.to(device), state
 
 
 def build_backbone(config: Config) -> ResNet:

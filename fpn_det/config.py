@@ -156,6 +156,10 @@ class FpnConfig(PyramidConfig):
             raise ValueError(
                 "top_down false goes with lateral true and finest_only false only: nothing else is a pyramid"
             )
+        if not self.top_down and self.upsample != "nearest":
+            raise ValueError(f"upsample {self.upsample} has no effect where top_down is false: remove it")
+        if self.finest_only and not self.smooth_top:
+            raise ValueError("smooth_top false has no effect where finest_only is true: remove it")
         return self
 
 
@@ -224,6 +228,14 @@ class BoxLossConfig(Section):
     box_loss_weight: Positive = 1.0
     """Factor of the box loss; IoU-type losses are commonly weighted by 10 in the second stage."""
 
+    @model_validator(mode="after")
+    def _beta_is_used(self) -> Self:
+        if self.box_loss != "smooth_l1" and self.smooth_l1_beta:
+            raise ValueError(
+                f"smooth_l1_beta {self.smooth_l1_beta:g} has no effect with box_loss {self.box_loss}: set it to 0"
+            )
+        return self
+
 
 class RpnConfig(BoxLossConfig):
     """The region proposal network."""
@@ -285,8 +297,9 @@ class ConvFcConfig(Section):
 
     @model_validator(mode="after")
     def _channels_fit_norm(self) -> Self:
-        if self.num_convs > 0:
-            _check_groups(self.norm, "conv_channels", self.conv_channels)
+        if self.num_convs == 0 and self.norm is not None:
+            raise ValueError(f"norm {self.norm} has no effect where num_convs is 0: remove it")
+        _check_groups(self.norm, "conv_channels", self.conv_channels)
         return self
 
 
@@ -625,6 +638,12 @@ class Config(Section):
     eval: EvalConfig = EvalConfig()
     """Evaluation."""
 
+    @model_validator(mode="after")
+    def _views_have_detections(self) -> Self:
+        if self.model.kind == "rpn" and self.eval.tta is not None:
+            raise ValueError("eval.tta merges detections, but model.kind rpn gives proposals: set eval.tta to none")
+        return self
+
     @field_validator("name")
     @classmethod
     def _no_slash(cls, value: str) -> str:
@@ -671,7 +690,7 @@ def parse_config(text: str, *, source: str, name: str = "", overrides: Sequence[
     """
     file = {"name": name} | _read_mapping(text, source)
     command_line, problems = _read_overrides(overrides)
-    merged = _merge(file, command_line)
+    merged = _without_other_kinds(_merge(file, command_line), command_line, Config)
 
     for origin, mapping in ((source, file), (COMMAND_LINE, command_line)):
         if len(_run_lengths(mapping)) == 2:
@@ -689,7 +708,8 @@ def parse_config(text: str, *, source: str, name: str = "", overrides: Sequence[
         items = {_path(item, merged): item for item in reversed(error.errors(include_url=False))}
         for path, item in reversed(items.items()):  # of a union that failed, only the first member's complaint
             if not any(path == other[: len(path)] for other in items.keys() - {path}):  # nor what follows from others
-                problems.append(f"{_origin(path, source, file, command_line)}: {_dotted(path)}: {_explain(item, path)}")
+                where = [_origin(path, source, file, command_line), _dotted(path), _explain(item, path, merged)]
+                problems.append(": ".join(part for part in where if part))
     if problems:
         raise InputError("\n".join(problems))
     return config
@@ -815,6 +835,26 @@ def _merge(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
+def _without_other_kinds(
+    merged: dict[str, Any], command_line: dict[str, Any], model: type[BaseModel]
+) -> dict[str, Any]:
+    """`merged` less the file's keys that a `kind` given on the command line does not have."""
+    cleaned = dict(merged)
+    for name, field in model.model_fields.items():
+        section, given = merged.get(name), command_line.get(name)
+        if not isinstance(section, dict) or not isinstance(given, dict):
+            continue
+        members = _sections(field.annotation)
+        kind = section.get("kind", getattr(field.default, "kind", None))
+        chosen = [m for m in members if len(members) == 1 or m.model_fields["kind"].default == kind]
+        if len(members) > 1 and "kind" in given and chosen:
+            section = {key: value for key, value in section.items() if key in chosen[0].model_fields or key in given}
+        if chosen:
+            section = _without_other_kinds(section, given, chosen[0])
+        cleaned[name] = section
+    return cleaned
+
+
 def _run_lengths(mapping: dict[str, Any]) -> list[str]:
     """Which of `steps` and `epochs` the source gives."""
     train = mapping.get("train")
@@ -857,7 +897,7 @@ def _path(item: ErrorDetails, merged: Any) -> tuple[int | str, ...]:
     return tuple(path)
 
 
-def _explain(item: ErrorDetails, loc: Sequence[int | str]) -> str:
+def _explain(item: ErrorDetails, loc: Sequence[int | str], merged: dict[str, Any]) -> str:
     """What is wrong, what was received and what is allowed, in the words of a YAML file."""
     match item["type"]:
         case "union_tag_invalid":
@@ -868,7 +908,9 @@ def _explain(item: ErrorDetails, loc: Sequence[int | str]) -> str:
             return "is needed"
         case "extra_forbidden":
             if _dotted(loc) in _known_keys(Config):
-                return "not a key of this kind"
+                section = _given(merged, loc[:-1])
+                kind = section.get("kind") if isinstance(section, dict) else None
+                return f"not a key of kind {kind}: remove it" if kind else "not a key of the default kind: state `kind`"
             nearest = _nearest(_dotted(loc))
             return f"unknown key; did you mean {' or '.join(nearest)}?" if nearest else "unknown key"
         case "value_error":

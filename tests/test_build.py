@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from itertools import islice
 from operator import attrgetter
 from pathlib import Path
@@ -93,6 +94,20 @@ def test_unusable_boxes_are_shown_when_none_is_left(config, shapes, tmp_path):
     (tmp_path / "flat.json").write_text(json.dumps(content))
     with pytest.raises(InputError, match=r"no usable box[\s\S]*x bbox without area"):
         build.load_train_data(config(f"data.train.annotations={tmp_path / 'flat.json'}"))
+
+
+@pytest.mark.parametrize(
+    ("override", "key"),
+    [
+        ("model.neck.norm=frozen_bn", "model.neck.norm"),
+        ("model.roi_head.box_head={num_convs: 1, norm: frozen_bn}", "model.roi_head.box_head.norm"),
+    ],
+)
+def test_random_layers_are_not_trained_under_frozen_norms(config, override: str, key: str):
+    config = config("model.neck.channels=32", override)
+    with pytest.raises(InputError, match=rf"^{re.escape(key)} is frozen_bn.* set it to bn"):
+        build.load_train_data(config)
+    build.build_model(config, 5, pretrained=False)  # to evaluate an imported one
 
 
 def test_train_loader_resumes_and_shares_out(config):

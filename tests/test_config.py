@@ -257,10 +257,39 @@ def test_command_line_and_file_give_parts_of_a_kind():
     assert neck("{kind: pafpn, channels: 8}", "model.neck={kind: fpn}") == ("fpn", 8, "nearest")
     head = parse_config("model: {roi_head: {num_samples: 9}}", source="f", overrides=["model.roi_head.kind=cascade"])
     assert (head.model.roi_head.kind, head.model.roi_head.num_samples) == ("cascade", 9)
-    (problem,) = problems("model: {neck: {channels: 8, top_down: false}}", "model.neck.kind=pafpn")
-    assert problem == "f.yaml: model.neck.top_down: not a key of this kind"
+    # Keys of the file that a kind from the command line does not have are passed over, those beside it are not.
+    assert neck("{channels: 8, top_down: false}", "model.neck.kind=pafpn") == ("pafpn", 8, "nearest")
+    text = "model: {neck: {channels: 8}, roi_head: {box_head: {fc_dim: 9}}}"
+    overrides = ["model.neck.kind=single", f"model.anchors.sizes={[[32]]}", "model.roi_head.box_head.kind=res5"]
+    model = parse_config(text, source="f", overrides=overrides).model
+    assert (model.neck.kind, model.roi_head.box_head.kind) == ("single", "res5")
+    (problem,) = problems("seed: 0", "model.neck={kind: pafpn, top_down: false}")
+    assert problem == "command line: model.neck.top_down: not a key of kind pafpn: remove it"
     (problem,) = problems("model: {neck: {kind: pafpn}}", "model.neck.top_down=false")
-    assert problem == "command line: model.neck.top_down: not a key of this kind"
+    assert problem == "command line: model.neck.top_down: not a key of kind pafpn: remove it"
+    (problem,) = problems("model: {neck: {stage: 4}}")
+    assert problem == "f.yaml: model.neck.stage: not a key of the default kind: state `kind`"
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("model.neck={top_down: false, upsample: deconv}", "upsample deconv has no effect where top_down is false"),
+        ("model.neck={finest_only: true, smooth_top: false}", "smooth_top false has no effect where finest_only is"),
+        ("model.rpn={box_loss: giou, smooth_l1_beta: 1}", "smooth_l1_beta 1 has no effect with box_loss giou"),
+        ("model.roi_head.box_head={norm: bn}", "norm bn has no effect where num_convs is 0"),
+    ],
+)
+def test_keys_without_effect_are_refused(override: str, message: str):
+    (problem,) = problems("seed: 0", override)
+    assert message in problem
+    assert problem.startswith(f"command line: {override.partition('=')[0]}: ")
+
+
+def test_views_of_proposals_are_refused():
+    (problem,) = problems("model: {kind: rpn}", "eval.tta={}")
+    assert problem.endswith(": eval.tta merges detections, but model.kind rpn gives proposals: set eval.tta to none")
+    assert ": : " not in problem
 
 
 def test_bodies_of_the_schema_are_those_of_the_model():
@@ -277,9 +306,9 @@ STAGE = "{positive_iou: 0.5, box_weights: [1, 1, 1, 1]}"
         ("neck: {kind: bifpn}", "neck: kind must be one of 'fpn', 'pafpn', 'single', received \"bifpn\""),
         ("neck: {kind: [1]}", "neck: kind must be one of 'fpn', 'pafpn', 'single', received [1]"),
         ("neck: fpn", 'neck: must be a section with keys of its own, received "fpn"'),
-        ("neck: {stage: 5}", "neck.stage: not a key of this kind"),
-        ("neck: {kind: single, channels: 4}", "neck.channels: not a key of this kind"),
-        ("neck: {kind: pafpn, lateral: false}", "neck.lateral: not a key of this kind"),
+        ("neck: {stage: 5}", "neck.stage: not a key of the default kind: state `kind`"),
+        ("neck: {kind: single, channels: 4}", "neck.channels: not a key of kind single: remove it"),
+        ("neck: {kind: pafpn, lateral: false}", "neck.lateral: not a key of kind pafpn: remove it"),
         ("neck: {chanels: 4}", "neck.chanels: unknown key; did you mean model.neck.channels?"),
         ("neck: {kind: single, stage: 3}", "neck.stage: must be 4 or 5, received 3"),
         (
@@ -305,10 +334,10 @@ STAGE = "{positive_iou: 0.5, box_weights: [1, 1, 1, 1]}"
         ),
         (
             "roi_head: {kind: cascade, box_head: {kind: res5, fc_dim: 3}}",
-            "roi_head.box_head.fc_dim: not a key of this kind",
+            "roi_head.box_head.fc_dim: not a key of kind res5: remove it",
         ),
-        ("roi_head: {kind: cascade, positive_iou: 0.5}", "roi_head.positive_iou: not a key of this kind"),
-        (f"roi_head: {{stages: [{STAGE}]}}", "roi_head.stages: not a key of this kind"),
+        ("roi_head: {kind: cascade, positive_iou: 0.5}", "roi_head.positive_iou: not a key of kind cascade: remove it"),
+        (f"roi_head: {{stages: [{STAGE}]}}", "roi_head.stages: not a key of the default kind: state `kind`"),
         (
             f"roi_head: {{kind: cascade, stages: [{STAGE}, {{positive_iou: 0.6}}]}}",
             "roi_head.stages[1].box_weights: is needed",

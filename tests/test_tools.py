@@ -285,12 +285,12 @@ def test_eval_of_proposals(tool, tiny, finished, tmp_path):
         for backend in ("pycocotools", "hotcoco")
     ]
     assert [outcome.code for outcome in outcomes] == [0, 0]
-    written = [json.loads((tmp_path / b / "metrics.json").read_text()) for b in ("pycocotools", "hotcoco")]
+    written = [json.loads((tmp_path / b / "proposal_metrics.json").read_text()) for b in ("pycocotools", "hotcoco")]
     assert list(written[0]) == [*PROPOSAL_METRIC_NAMES, "step"]
     assert written[1] == pytest.approx(written[0], abs=1e-9)
     assert 0 < written[0]["AR100"] == written[0]["AR1000"] < 1  # 50 proposals per image
     assert f"{100 * written[0]['AR100']:.1f}" in outcomes[0].out
-    assert not (tmp_path / "hotcoco/predictions.json").exists()
+    assert [p.name for p in (tmp_path / "hotcoco").iterdir()] == ["proposal_metrics.json"]
 
 
 def test_a_proposal_network_is_judged_by_its_recall(tool, tiny, shapes, tmp_path):
@@ -310,7 +310,7 @@ def test_a_proposal_network_is_judged_by_its_recall(tool, tiny, shapes, tmp_path
     arguments = ["--checkpoint", folder / "final.pth", "--output-dir", tmp_path / "again"]
     assert tool("eval", *rpn, *arguments).code == 0
     assert (tmp_path / "again/metrics.json").read_bytes() == (folder / "metrics.json").read_bytes()
-    fails(tool("eval", *rpn, "eval.tta={}", *arguments), "eval.tta merges detections", "eval.tta=none")
+    fails(tool("eval", *rpn, "eval.tta={}", *arguments), "eval.tta merges detections", "set eval.tta to none")
 
 
 def test_eval_of_several_views(tool, tiny, finished, shapes, tmp_path):
@@ -319,11 +319,12 @@ def test_eval_of_several_views(tool, tiny, finished, shapes, tmp_path):
     once = "eval.tta={short_sides: [64], long_side: 64, horizontal_flip: false}"
     assert tool("eval", *options, once, "--output-dir", tmp_path / "once").code == 0
     for name in ("metrics.json", "predictions.json"):
-        assert (tmp_path / "once" / name).read_bytes() == (tmp_path / "plain" / name).read_bytes()
+        assert (tmp_path / "once" / f"tta_{name}").read_bytes() == (tmp_path / "plain" / name).read_bytes()
 
     views = "eval.tta={short_sides: [48, 64], long_side: 64}"  # the plain one among them
     assert tool("eval", *options, views, "--output-dir", tmp_path / "views").code == 0
-    merged, plain = (json.loads((tmp_path / n / "predictions.json").read_text()) for n in ("views", "plain"))
+    files = ("views/tta_predictions.json", "plain/predictions.json")
+    merged, plain = (json.loads((tmp_path / name).read_text()) for name in files)
     ids = {r["image_id"] for r in plain}
     assert len(ids) == 8
     best = [[max(r["score"] for r in found if r["image_id"] == i) for found in (plain, merged)] for i in ids]

@@ -6,8 +6,8 @@
 
 The ground truth is `data.val.annotations` of the config. Prints a table; writes metrics.json and, with a checkpoint,
 predictions.json (COCO results format) to D, by default the folder of the checkpoint or file. With --proposals, and
-for `model.kind` rpn always, the numbers are the recall of the proposals, and there is no predictions.json.
-With `eval.tta={}` the detections in several sizes of each image and its mirror image are merged.
+for `model.kind` rpn always, the numbers are the recall of the proposals (proposal_metrics.json). With `eval.tta={}` the
+detections in several sizes of each image and its mirror image are merged (tta_metrics.json, tta_predictions.json).
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def main() -> None:
                 backend=config.eval.backend,
                 max_detections=config.model.roi_head.detections_per_image,
             )
-            report(metrics, format_table(metrics), folder)
+            report(metrics, format_table(metrics), folder / "metrics.json")
             return
         proposals = args.proposals or config.model.kind == "rpn"
         if proposals and config.eval.tta is not None:
@@ -57,13 +57,9 @@ def main() -> None:
 
 def evaluate_checkpoint(config: Config, path: Path, folder: Path, *, proposals: bool, process: Process) -> None:
     """Detect, or propose, on the validation images and report."""
-    state = checkpoint.load_checkpoint(path)
-    categories = checkpoint.checkpoint_categories(state)
-    build.check_num_classes(config, categories)
+    model, state = build.load_detector(config, path, process.device)
     data = build.load_val_data(config)
     checkpoint.check_categories(state, path, data.categories, data.source)
-    model = build.build_model(config, len(categories), pretrained=False).to(process.device)
-    checkpoint.load_weights(model, checkpoint.best_weights(state), path)
     if process.is_main:
         print(data.summary())
         if data.problems:
@@ -72,24 +68,24 @@ def evaluate_checkpoint(config: Config, path: Path, folder: Path, *, proposals: 
         batches = build.build_val_loader(config, data, process=process)
         recalls = build.evaluate_model_proposals(config, model, batches, process=process)
         if recalls is not None:
-            report(recalls, format_proposal_table(recalls), folder, step=state["step"])
+            name = "metrics" if config.model.kind == "rpn" else "proposal_metrics"
+            report(recalls, format_proposal_table(recalls), folder / f"{name}.json", step=state["step"])
         return
     views = build.build_val_views(config, data, process=process)
-    evaluated = build.evaluate_model(config, model, views, categories, process=process)
+    evaluated = build.evaluate_model(config, model, views, data.categories, process=process)
     if evaluated is not None:
         metrics, results = evaluated
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "predictions.json").write_text(json.dumps(results))
-        report(metrics, format_table(metrics), folder, step=state["step"])
+        prefix = "" if config.eval.tta is None else "tta_"  # what training wrote stays
+        report(metrics, format_table(metrics), folder / f"{prefix}metrics.json", step=state["step"])
+        (folder / f"{prefix}predictions.json").write_text(json.dumps(results))
 
 
-def report(metrics: Metrics | ProposalMetrics, table: str, folder: Path, *, step: int | None = None) -> None:
-    """Print the table and write metrics.json, with the step of a checkpoint as training writes it."""
+def report(metrics: Metrics | ProposalMetrics, table: str, path: Path, *, step: int | None = None) -> None:
+    """Print the table and write the numbers, with the step of a checkpoint as training writes it."""
     print(table)  # first: a folder that cannot be written must not cost the numbers
-    folder.mkdir(parents=True, exist_ok=True)
-    written = metrics if step is None else {**metrics, "step": step}
-    (folder / "metrics.json").write_text(json.dumps(written, indent=2))
-    print(f"written: {folder / 'metrics.json'}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(metrics if step is None else {**metrics, "step": step}, indent=2))
+    print(f"written: {path}")
 
 
 if __name__ == "__main__":

@@ -52,14 +52,11 @@ def predict(config: Config, checkpoint_path: Path, source: Path, folder: Path, *
     if config.model.kind == "fast_rcnn":
         raise InputError("model.kind fast_rcnn needs proposals of each image; predict with faster_rcnn or rpn")
     paths = find_images(source)
-    state = checkpoint.load_checkpoint(checkpoint_path)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model, state = build.load_detector(config, checkpoint_path, device)
     categories = checkpoint.checkpoint_categories(state)
-    build.check_num_classes(config, categories)
     if config.model.kind == "rpn":
         categories = Categories(ids=(1,), names=("object",))  # proposals are of no class
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = build.build_model(config, len(categories), pretrained=False).to(device)
-    checkpoint.load_weights(model, checkpoint.best_weights(state), checkpoint_path)
     transforms, head = build.build_test_transforms(config), config.model.roi_head
 
     folder.mkdir(parents=True, exist_ok=True)

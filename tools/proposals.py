@@ -21,7 +21,6 @@ from fpn_det.cli import config_parser, user_errors
 from fpn_det.config import Config, load_config
 from fpn_det.data.coco import load_coco
 from fpn_det.data.proposals import ImageProposals, read_proposals, write_proposals
-from fpn_det.engine import checkpoint
 from fpn_det.engine.distributed import Process, launched_process
 from fpn_det.engine.evaluate import propose
 from fpn_det.structures import InputError
@@ -58,16 +57,12 @@ def run(
     if output.is_dir():
         raise InputError(f"{output}: is a folder; --output is the file to write")
     output.parent.mkdir(parents=True, exist_ok=True)
-    state = checkpoint.load_checkpoint(checkpoint_path)
-    categories = checkpoint.checkpoint_categories(state)
-    build.check_num_classes(config, categories)
-    model = build.build_model(config, len(categories), pretrained=False)
-    checkpoint.load_weights(model, checkpoint.best_weights(state), checkpoint_path)
+    model, _ = build.load_detector(config, checkpoint_path, process.device)
     paths = getattr(config.data, split)
     data = load_coco(paths.annotations, paths.images)
     found = []
     for batch, proposals in propose(
-        model.to(process.device),
+        model,
         build.build_val_loader(config, data, process=process),
         device=process.device,
         precision=config.train.precision,

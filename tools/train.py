@@ -37,7 +37,7 @@ from fpn_det.engine.distributed import Process, launched_process
 from fpn_det.engine.evaluate import View, from_coco_results
 from fpn_det.engine.runlog import RunLog
 from fpn_det.engine.train import train
-from fpn_det.models.faster_rcnn import FasterRCNN
+from fpn_det.models.faster_rcnn import Detector
 from fpn_det.structures import InputError
 
 
@@ -87,7 +87,7 @@ def run(config: Config, folder: Path, *, resume: bool, process: Process) -> None
         if ema is not None:
             checkpoint.load_weights(ema.module, state.get("ema") or state["model"], source)
             ema.n_averaged.fill_(start_step)
-    detector: FasterRCNN = ema.module if ema is not None else model  # type: ignore[assignment]
+    detector: Detector = ema.module if ema is not None else model  # type: ignore[assignment]
 
     if process.is_main:
         folder.mkdir(parents=True, exist_ok=True)

@@ -224,4 +224,8 @@ def _problem(arrays: dict[str, np.ndarray]) -> str:
         return "image_ids must ascend and be as many as sizes, one less than offsets"
     if offsets[0] != 0 or (np.diff(offsets) < 0).any() or not offsets[-1] == len(boxes) == len(scores):
         return "offsets must ascend from 0 to the number of boxes and of scores"
+    if not (boxes[:, 2:] > boxes[:, :2]).all():
+        return "boxes without an area"
+    if not ((scores >= 0) & (scores <= 1)).all():
+        return "scores outside of 0..1"
     return ""

@@ -309,7 +309,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _is_plain_jpeg(data: bytes) -> bool:
-    """Whether the header says JPEG, gray or three colours, and not more pixels than Pillow takes for an attack.
+    """Whether the header says JPEG, grey or three colours, and not more pixels than Pillow takes for an attack.
 
     torchvision would allocate whatever size the header claims: 13 GB for a file of 1 kB.
     """

@@ -55,7 +55,7 @@ def box_loss(
         "ciou": complete_box_iou_loss,
     }[kind]
     # Padding has no width, at which these losses have no gradient: any box of some size takes its place.
-    anywhere = reference.new_tensor([0.0, 0.0, 1.0, 1.0])
+    anywhere = torch.arange(4, device=reference.device, dtype=reference.dtype)  # (0, 1, 2, 3)
     reference, gt_boxes = torch.where(mask, reference, anywhere), torch.where(mask, gt_boxes, anywhere)
     pred = box_ops.decode(torch.where(mask, deltas, 0), reference, weights, delta_clamp=delta_clamp)
     losses: Tensor = iou_loss(pred, gt_boxes, reduction="none")

@@ -332,9 +332,9 @@ class CascadeRoIHead(nn.Module):
             logits, deltas = head(features, samples.boxes)
             losses |= {f"{k}_{i}": weight * loss for k, loss in head.loss(logits, deltas, samples).items()}
             stats[f"roi_positives_{i}"] = head.count_positives(samples)
-            for successor in self.heads[i : i + 1]:  # sampled once: it trains on all of the refined boxes
+            if i < len(self.heads):  # sampled once: the next stage trains on all of the refined boxes
                 boxes = self.refine(head, logits, deltas, samples.boxes, sizes)
-                samples = successor.label(boxes, samples.valid & box_ops.nonempty(boxes), targets)
+                samples = self.heads[i].label(boxes, samples.valid & box_ops.nonempty(boxes), targets)
         return losses, stats
 
     @torch.no_grad()

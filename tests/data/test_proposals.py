@@ -277,6 +277,10 @@ def test_a_missing_array_is_named(path: Path, name: str) -> None:
         ("boxes", lambda a: a[:7], "number of boxes and of scores"),
         ("scores", lambda a: a[:7], "number of boxes and of scores"),
         ("scores", lambda a: a[:, None], "scores is float16 of shape (8, 1)"),
+        ("boxes", lambda a: a[:, [2, 3, 0, 1]], "boxes without an area"),
+        ("boxes", lambda a: a * np.uint16([1, 0, 1, 0]), "boxes without an area"),
+        ("scores", lambda a: a - np.float16(2), "scores outside of 0..1"),
+        ("scores", lambda a: a * np.float16("nan"), "scores outside of 0..1"),
     ],
 )
 def test_malformed_arrays_are_named(path: Path, name: str, change: object, reason: str) -> None:
