@@ -130,7 +130,7 @@ def test_a_second_stage_trains_and_detects_on_them(tool, tiny, fast_rcnn, traine
 
     outcome = tool("eval", *fast_rcnn, "--checkpoint", folder / "final.pth", "--output-dir", tmp_path / "eval")
     assert (outcome.code, outcome.err) == (0, "")
-    metrics = [json.loads((path / "proposal_metrics.json").read_text()) for path in (folder, tmp_path / "eval")]
+    metrics = [json.loads((path / "metrics.json").read_text()) for path in (folder, tmp_path / "eval")]
     assert metrics[0] == metrics[1]
     assert -1 <= metrics[0]["AP"] <= 1
 
@@ -139,7 +139,8 @@ def test_a_second_stage_trains_and_detects_on_them(tool, tiny, fast_rcnn, traine
         weights = folder / "final.pth" if name == "fast" else trained_rpn
         outcome = tool("eval", *arguments, "--proposals", "--checkpoint", weights, "--output-dir", tmp_path / name)
         assert (outcome.code, outcome.err) == (0, "")
-    recalls = [json.loads((tmp_path / name / "proposal_metrics.json").read_text())["AR1000"] for name in ("fast", "rpn")]
+    files = ("fast/proposal_metrics.json", "rpn/metrics.json")
+    recalls = [json.loads((tmp_path / name).read_text())["AR1000"] for name in files]
     assert recalls[0] == pytest.approx(recalls[1], abs=0.01)
     assert recalls[1] > 0.02
 
