@@ -165,8 +165,8 @@ def run_folder(variant: Variant, seed: int) -> Path:
 def write_report(seeds: Sequence[int]) -> None:
     """docs/ablation.md and docs/ablation.png from the finished runs."""
     variants = [*TABLE_1, *TABLE_3]
-    results = {v.name: [read_metrics(v, seed) for seed in seeds] for v in variants}
-    seconds = [json.loads((run_folder(v, seed) / "seconds.json").read_text()) for v in variants for seed in seeds]
+    results = {v.name: read_runs(v, seeds) for v in variants}
+    seconds = [json.loads(path.read_text()) for path in RUNS.glob("*/seconds.json")]
     hours = {clock: sum(s[clock] for s in seconds) / 3600 for clock in ("processor", "clock")}
     docs = ROOT / "docs"
     docs.mkdir(exist_ok=True)
@@ -212,26 +212,27 @@ def read_findings(path: Path) -> str:
     return FINDINGS + text.partition(FINDINGS)[2] if FINDINGS in text else ""
 
 
-def read_metrics(variant: Variant, seed: int) -> dict[str, float]:
-    """The metrics of a finished run."""
-    path = run_folder(variant, seed) / "metrics.json"
-    if not path.exists():
-        raise InputError(f"{path}: no such file; train first (leave out --report-only)")
-    metrics: dict[str, float] = json.loads(path.read_text())
-    return metrics
+def read_runs(variant: Variant, seeds: Sequence[int]) -> list[dict[str, float]]:
+    """The metrics of the finished runs of a variant, at least one."""
+    paths = [run_folder(variant, seed) / "metrics.json" for seed in seeds]
+    runs = [json.loads(path.read_text()) for path in paths if path.exists()]
+    if not runs:
+        raise InputError(f"{paths[0]}: no such file; train first (leave out --report-only)")
+    return runs
 
 
 def format_rows(
     variants: Sequence[Variant], columns: dict[str, str], results: dict[str, list[dict[str, float]]]
 ) -> str:
     """A Markdown table: ours, then the paper's."""
-    header = ["", *(f"{c}, ours" for c in columns.values()), *(f"{c}, paper" for c in columns.values())]
+    header = ["", "seeds", *(f"{c}, ours" for c in columns.values()), *(f"{c}, paper" for c in columns.values())]
     lines = ["| " + " | ".join(header) + " |", "|---" * len(header) + "|"]
     for v in variants:
-        cells = [v.row]
+        cells = [v.row, str(len(results[v.name]))]
         for key in columns:
             values = [100 * run[key] for run in results[v.name]]
-            cells.append(f"{mean(values):.1f} ± {(max(values) - min(values)) / 2:.1f}")
+            spread = f" ± {(max(values) - min(values)) / 2:.1f}" if len(values) > 1 else ""
+            cells.append(f"{mean(values):.1f}{spread}")
         lines.append("| " + " | ".join(cells + [f"{x:.1f}" for x in v.paper]) + " |")
     return "\n".join(lines)
 

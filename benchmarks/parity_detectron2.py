@@ -60,8 +60,7 @@ DETECTORS = {
     "rpn": ("rpn_R_50_FPN_1x", ".pth"),
     "fast_rcnn": ("fast_rcnn_R_50_FPN_1x", ".pkl"),
 }
-# name -> config whose body it is, and whether the norms hold statistics or scale and shift alone. Of the latter expect
-# 1e-4: Detectron2 loads them with variance 1 and then adds its eps of 1e-5; fpn_det, like Caffe2, adds nothing.
+# name -> config whose body it is, and whether the norms hold statistics or scale and shift alone.
 BODIES = {
     "body_r50": ("faster_rcnn_R_50_FPN_1x", True),
     "body_r50_affine": ("faster_rcnn_R_50_FPN_1x", False),

@@ -18,6 +18,7 @@ from fpn_det.build import build_model
 from fpn_det.config import dump_config, load_config
 from fpn_det.engine.checkpoint import load_checkpoint
 from fpn_det.structures import Categories
+from fpn_det.weights import torchvision as torchvision_weights
 from fpn_det.weights.coco_classes import COCO_CATEGORIES
 
 
@@ -189,6 +190,46 @@ def test_options_of_detectors_do_not_apply_to_a_body(shapes: Path, tmp_path: Pat
     assert "body.pth: an ImageNet classifier" in fails(tmp_path / "body.pth", tmp_path / "ours.pth", option, value)
 
 
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (torch.full((64,), torch.nan), "layer1.0.bn1.bias has values that are not finite"),
+        (torch.zeros(64, dtype=torch.int64), "layer1.0.bn1.bias is of torch.int64"),
+    ],
+)
+def test_values_of_a_body_must_be_numbers(tmp_path: Path, fails, value: Tensor, message: str) -> None:
+    body = torchvision.models.resnet18(weights=None).state_dict() | {"layer1.0.bn1.bias": value}
+    torch.save(body, tmp_path / "body.pth")
+    assert message in fails(tmp_path / "body.pth", tmp_path / "ours.pth")
+
+
+def test_style_caffe_needs_bottlenecks(tmp_path: Path, fails) -> None:
+    torch.save(torchvision.models.resnet18(weights=None).state_dict(), tmp_path / "body.pth")
+    message = fails(tmp_path / "body.pth", tmp_path / "ours.pth", "--style", "caffe")
+    assert "body.pth: --style caffe has the stride in the first 1x1 convolution of a block, and resnet18" in message
+
+
+def test_a_checkpoint_of_ours_is_no_source(source: Path, tool, tmp_path: Path, fails) -> None:
+    assert tool("import_weights", source, tmp_path / "ours.pth").code == 0
+    message = fails(tmp_path / "ours.pth", tmp_path / "again.pth")
+    assert "ours.pth: is already a checkpoint of fpn_det" in message
+
+
+def test_a_folder_is_no_destination(source: Path, tmp_path: Path, fails, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert f"{tmp_path}: is a folder" in fails(source, tmp_path)
+    monkeypatch.chdir(tmp_path)
+    assert ".: is a folder" in fails(source, ".")
+
+
+def test_errors_of_the_derived_config_name_the_source(
+    source: Path, tmp_path: Path, fails, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No config has been written yet that the user could mend."""
+    monkeypatch.setattr(torchvision_weights, "_norm_eps", lambda *_: (-1.0, "wrong"))
+    message = fails(source, tmp_path / "ours.pth")
+    assert f"the config derived from {source}: model.backbone.norm_eps" in message
+
+
 def test_destination_without_suffix(source: Path, tool, tmp_path: Path) -> None:
     assert tool("import_weights", source, tmp_path / "r18.v1").code == 0
     assert {"r18.v1.pth", "r18.v1.yaml"} <= {p.name for p in tmp_path.iterdir()}
@@ -223,6 +264,10 @@ def altered(state_dict: dict[str, Tensor], change: str) -> dict[str, Tensor]:
             changed["backbone.body.layer1.0.extra"] = torch.zeros(2)
         case "misshapen":
             changed["backbone.body.layer3.0.bn2.bias"] = torch.zeros(7)
+        case "integers":
+            changed = {k: v.long() for k, v in changed.items()}
+        case "too large":
+            changed["backbone.body.layer3.0.bn2.bias"] = torch.full((256,), 1e39, dtype=torch.float64)
         case "infinite":
             changed["backbone.body.layer3.0.bn2.bias"] = torch.full((256,), torch.inf)
     return changed
@@ -235,6 +280,8 @@ def altered(state_dict: dict[str, Tensor], change: str) -> dict[str, Tensor]:
         ("unknown", ["2 of 132 tensors", "backbone.body.layer5.weight (2,)", "roi_heads.box_head.fc8.bias (3,)"]),
         ("surplus", ["backbone.layer1.0.extra (2,) has no place in the model"]),
         ("misshapen", ["backbone.layer3.0.bn2.bias is (7,), the model has (256,)"]),
+        ("integers", ["tensors are not of finite floating-point", "backbone.stem.0.weight is of torch.int64"]),
+        ("too large", ["backbone.layer3.0.bn2.bias has values that are not finite"]),
         ("infinite", ["backbone.layer3.0.bn2.bias has values that are not finite"]),
     ],
 )

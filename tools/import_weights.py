@@ -31,6 +31,7 @@ from fpn_det.data.coco import read_categories
 from fpn_det.engine.checkpoint import save_checkpoint
 from fpn_det.structures import Categories, InputError
 from fpn_det.weights import detectron2, mmdetection, torchvision
+from fpn_det.weights.architecture import ARCHITECTURES
 from fpn_det.weights.coco_classes import COCO_CATEGORIES
 from fpn_det.weights.read import WeightFile, read_weights
 from fpn_det.weights.rename import Converted, format_rows
@@ -76,6 +77,8 @@ def import_weights(
     overwrite: bool,
 ) -> None:
     """Read, convert, check against the model, write the pair of files, and report."""
+    if destination.is_dir():
+        raise InputError(f"{destination}: is a folder; give the path of the checkpoint to write")
     checkpoint = destination if destination.suffix == ".pth" else destination.with_name(f"{destination.name}.pth")
     config_path = checkpoint.with_suffix(".yaml")
     for path in (checkpoint, config_path):
@@ -86,6 +89,8 @@ def import_weights(
         raise InputError(f"--norm-eps {norm_eps:g}: must not be negative")
 
     file = read_weights(source)
+    if {"categories", "config", "step"} <= file.meta.keys():
+        raise InputError(f"{source}: is already a checkpoint of fpn_det; use it as it is, with --checkpoint")
     with source.open("rb") as stream:
         sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
     if framework == "auto":
@@ -95,10 +100,18 @@ def import_weights(
     if converted.kind == "body" and (given is not None or norm_eps is not None):
         raise InputError(f"{source}: an ImageNet classifier, to which --categories and --norm-eps do not apply")
 
+    body = converted.config["model"]["backbone"]["name"]
+    if style == "caffe" and not ARCHITECTURES[body][0]:
+        raise InputError(
+            f"{source}: --style caffe has the stride in the first 1x1 convolution of a block, and {body} has none; "
+            "give --style pytorch"
+        )
+
     header = [f"Imported from {framework}: {source.name}", f"sha256 {sha256}", shlex.join(["python", *sys.argv])]
     values = with_body_weights(converted.config, checkpoint)
     text = "".join(f"# {line}\n" for line in [*header, *converted.remarks]) + dump_yaml(values)
-    config = parse_config(text, source=str(config_path), name=config_path.stem)
+    config = parse_config(text, source=f"the config derived from {source}", name=config_path.stem)
+    check_values(converted.state_dict, source)
     state: dict[str, Any]
     if converted.kind == "body":
         check_body(config, converted.state_dict, source)
@@ -162,6 +175,23 @@ def with_body_weights(values: dict[str, Any], checkpoint: Path) -> dict[str, Any
     return values | {"model": model | {"backbone": model["backbone"] | {"weights": str(checkpoint)}}}
 
 
+def check_values(state_dict: Mapping[str, Tensor], source: Path) -> None:
+    """Refuse weights that are not finite floating-point numbers, or not in single precision."""
+    problems = []
+    for key, value in state_dict.items():
+        if key.endswith("num_batches_tracked"):
+            continue
+        if not value.is_floating_point():
+            problems.append(f"{key} is of {value.dtype}")
+        elif not torch.isfinite(value.float()).all():
+            problems.append(f"{key} has values that are not finite")
+    if problems:
+        raise InputError(
+            f"{source}: {len(problems)} tensors are not of finite floating-point numbers (our names): "
+            f"{'; '.join(problems[:20])}. Import weights as they were trained"
+        )
+
+
 def check_body(config: Config, state_dict: dict[str, Tensor], source: Path) -> None:
     """Refuse tensors that do not fit the body of the config exactly."""
     try:
@@ -202,7 +232,7 @@ def load_exactly(model: nn.Module, state_dict: Mapping[str, Tensor], source: Pat
     """Load tensors of the same names and shapes.
 
     Raises:
-        InputError: naming all that do not fit, or that are not finite.
+        InputError: naming all that do not fit.
     """
     own = model.state_dict()
     problems = [f"{k} {tuple(v.shape)} is missing" for k, v in own.items() if k not in state_dict]
@@ -211,8 +241,6 @@ def load_exactly(model: nn.Module, state_dict: Mapping[str, Tensor], source: Pat
             problems.append(f"{key} {tuple(value.shape)} has no place in the model")
         elif own[key].shape != value.shape:
             problems.append(f"{key} is {tuple(value.shape)}, the model has {tuple(own[key].shape)}")
-        elif not torch.isfinite(value).all():
-            problems.append(f"{key} has values that are not finite")
     if problems:
         raise InputError(
             f"{source}: {len(problems)} tensors do not make up the model that their names and shapes announce "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,17 +38,17 @@ def resnet_architecture(tensors: Mapping[str, Tensor], *, source: Path | str = "
         source: the file, for the error.
 
     Raises:
-        InputError: none of `ARCHITECTURES` has these blocks and widths.
+        InputError: none of `ARCHITECTURES` has these blocks and widths, or there is no stem.
     """
     blocks = tuple(_count(tensors, layer) for layer in (1, 2, 3, 4))
     bottleneck = "layer1.0.conv3.weight" in tensors
-    spatial = tensors.get("layer1.0.conv2.weight")  # (width, width / groups, 3, 3)
-    if spatial is None or spatial.ndim != 4 or not all(blocks):
+    if "layer1.0.conv2.weight" not in tensors or not all(blocks):
         raise InputError(
             f"{source}: not the tensors of a ResNet: expected layer1.0.conv1.weight and so on, found "
             f"{', '.join(sorted(tensors)[:4]) or 'none'}. Import a Faster R-CNN with a ResNet or ResNeXt body"
         )
-    width, per_group = spatial.shape[:2]
+    shape_of(tensors, "conv1.weight", "stem.0.weight", ndim=4, source=source)
+    width, per_group = shape_of(tensors, "layer1.0.conv2.weight", ndim=4, source=source)[:2]
     found = (bottleneck, blocks, width, width // per_group)
     for name, shape in ARCHITECTURES.items():
         if found == shape:
@@ -57,6 +58,21 @@ def resnet_architecture(tensors: Mapping[str, Tensor], *, source: Path | str = "
         f"{source}: no body of ours has {block} blocks {list(blocks)} of width {width} in {found[3]} groups; there are "
         f"{', '.join(ARCHITECTURES)}"
     )
+
+
+def shape_of(tensors: Mapping[str, Tensor], *names: str, ndim: int, source: Path | str) -> tuple[int, ...]:
+    """The shape of the first of `names` that is there, of `ndim` sizes above 0.
+
+    Raises:
+        InputError: none is there, or its shape is another.
+    """
+    for name in names:
+        if name in tensors:
+            shape = tuple(tensors[name].shape)
+            if len(shape) != ndim or 0 in shape:
+                raise InputError(f"{source}: {name} has the shape {shape}; expected {ndim} sizes above 0. Is it whole?")
+            return shape
+    raise InputError(f"{source}: no model of this kind can do without {names[0]} (our name). Is it complete?")
 
 
 def _count(tensors: Mapping[str, Tensor], layer: int) -> int:
@@ -75,17 +91,11 @@ def detector_architecture(
         background_rows: rows of the class logits after those of the classes.
 
     Raises:
-        InputError: a part is missing, the body is unknown, or it has another number of anchors.
+        InputError: a part is missing or misshapen, the body is unknown, it has another number of anchors or no class.
     """
-
-    def shape(*names: str) -> tuple[int, ...]:
-        for name in names:
-            if name in state_dict:
-                return tuple(state_dict[name].shape)
-        raise InputError(f"{source}: no Faster R-CNN with an FPN can do without {names[0]} (our name). Is it complete?")
-
+    shape = partial(shape_of, state_dict, source=source)
     body = {k.removeprefix("backbone."): v for k, v in state_dict.items() if k.startswith("backbone.")}
-    channels = shape("neck.lateral.0.weight", "neck.lateral.0.0.weight")[0]
+    channels = shape("neck.lateral.0.weight", "neck.lateral.0.0.weight", ndim=4)[0]
     parts = {name.split(".")[0] for name in state_dict}
     kind = "rpn" if "roi_head" not in parts else "fast_rcnn" if "rpn" not in parts else "faster_rcnn"
     model: dict[str, Any] = {
@@ -94,7 +104,7 @@ def detector_architecture(
         "neck": {"kind": "fpn", "channels": channels, "norm": norm_kind(state_dict, "neck.lateral.0.1.")},
     }
     if kind != "fast_rcnn":
-        found = shape("rpn.head.objectness.weight")[0]
+        found = shape("rpn.head.objectness.weight", ndim=4)[0]
         if found != num_anchors:
             raise InputError(
                 f"{source}: {found} anchors per cell, expected {num_anchors}; their sizes and ratios are not among the "
@@ -102,18 +112,20 @@ def detector_architecture(
             )
         model["rpn"] = {
             "num_convs": _children(state_dict, "rpn.head.convs."),
-            "channels": shape("rpn.head.convs.0.weight")[0],
+            "channels": shape("rpn.head.convs.0.weight", ndim=4)[0],
         }
     if kind != "rpn":
         num_convs = _children(state_dict, "roi_head.box_head.convs.")
         box_head: dict[str, Any] = {"kind": "conv_fc", "num_convs": num_convs}
         box_head["num_fcs"] = _children(state_dict, "roi_head.box_head.fcs.")
         if num_convs:
-            channels = shape("roi_head.box_head.convs.0.weight", "roi_head.box_head.convs.0.0.weight")[0]
+            channels = shape("roi_head.box_head.convs.0.weight", "roi_head.box_head.convs.0.0.weight", ndim=4)[0]
             box_head |= {"conv_channels": channels, "norm": norm_kind(state_dict, "roi_head.box_head.convs.0.1.")}
-        box_head["fc_dim"], inputs = shape("roi_head.box_head.fcs.0.weight")
-        num_classes = shape("roi_head.class_logits.weight")[0] - background_rows
-        num_deltas = shape("roi_head.box_deltas.weight")[0]
+        box_head["fc_dim"], inputs = shape("roi_head.box_head.fcs.0.weight", ndim=2)
+        num_classes = shape("roi_head.class_logits.bias", ndim=1)[0] - background_rows
+        num_deltas = shape("roi_head.box_deltas.weight", ndim=2)[0]
+        if num_classes < 1:
+            raise InputError(f"{source}: its logits are of the background alone; a detector has one class or more")
         if num_deltas not in (4, 4 * num_classes):
             raise InputError(
                 f"{source}: {num_deltas} rows of box deltas for {num_classes} classes; expected 4 for all or 4 for each"

@@ -24,7 +24,6 @@ from fpn_det.weights.rename import Converted, Row, Rule, rename
 
 Style = Literal["auto", "caffe", "pytorch"]
 
-NORM_EPS = 1e-5
 _FAMILY = ("backbone.bottom_up.", "backbone.stem.", "backbone.res", "backbone.fpn_", "proposal_generator.")
 _BODY_FAMILY = ("stem.conv1.", "res2.0.", "res2_0_branch")  # without a prefix; the last are Caffe2's names
 _UNSUPPORTED = (
@@ -42,6 +41,7 @@ _IMPORTABLE = (
     "Detectron2's Faster R-CNN, Fast R-CNN and RPN with a ResNet or ResNeXt and an FPN, and ImageNet bodies in its or "
     "Caffe2's names, can be imported"
 )
+_NO_CONFIG = "the file has no config: the anchors, pooling and thresholds are those of Detectron2's Base-RCNN-FPN.yaml"
 
 
 def recognises(tensors: Mapping[str, Tensor]) -> bool:
@@ -85,7 +85,7 @@ def _convert_detector(file: WeightFile, style: Style) -> Converted:
         # configs/COCO-Detection/rpn_R_50_FPN_1x.yaml asks for 2000, the base config for 1000.
         model["rpn"] |= {"pre_nms_top_k_test": 1000, "post_nms_top_k_test": 2000 if model["kind"] == "rpn" else 1000}
     categories = None
-    remarks = [body_input.remark()]
+    remarks = [body_input.remark(), _NO_CONFIG]
     if "roi_head" in model:
         model["roi_head"] |= {"sampling_ratio": 0, "aligned": True, "level_eps": 1e-8, "background_rows": 1}
         model["roi_head"]["min_size"] = None
@@ -183,14 +183,14 @@ def _detector_rules(tensors: Mapping[str, Tensor]) -> list[Rule]:
         Rule(rf"{rpn}\.conv\.conv(\d+)\.(weight|bias)", r"rpn.head.convs.\1.\2"),
         Rule(rf"{rpn}\.objectness_logits\.(weight|bias)", r"rpn.head.objectness.\1"),
         Rule(rf"{rpn}\.anchor_deltas\.(weight|bias)", r"rpn.head.deltas.\1"),
-        Rule(r"(?:proposal_generator\.)?anchor_generator\.cell_anchors\.\d+", None, "equal to ours"),
+        Rule(r"(?:proposal_generator\.)?anchor_generator\.cell_anchors\.[0-4]", None, "equal to ours"),
         Rule(r"pixel_(?:mean|std)", None, "in the config"),
         Rule(r"roi_heads\.box_predictor\.cls_score\.(weight|bias)", r"roi_head.class_logits.\1"),
         Rule(r"roi_heads\.box_predictor\.bbox_pred\.(weight|bias)", r"roi_head.box_deltas.\1"),
     ]
     for i in range(4):
-        for theirs, ours in (("lateral", "lateral"), ("output", "output")):
-            rules += _conv_rules(tensors, f"backbone.fpn_{theirs}{i + 2}", f"neck.{ours}.{i}")
+        for conv in ("lateral", "output"):
+            rules += _conv_rules(tensors, f"backbone.fpn_{conv}{i + 2}", f"neck.{conv}.{i}")
     for i in range(16):
         rules += _conv_rules(tensors, f"roi_heads.box_head.conv{i + 1}", f"roi_head.box_head.convs.{i}")
         rules.append(Rule(rf"{head}\.fc{i + 1}\.(weight|bias)", rf"roi_head.box_head.fcs.{i}.\1"))
@@ -249,14 +249,17 @@ def _caffe2_rules() -> list[Rule]:
 
 
 def _add_identity_statistics(state_dict: dict[str, Tensor], rows: list[Row]) -> None:
-    """Statistics for norms that have only scale and shift: those of Detectron2's FrozenBatchNorm2d when it is made."""
+    """Statistics for norms that have only scale and shift: those that Detectron2's FrozenBatchNorm2d adds in loading.
+
+    It adds its eps to the variance of 1 all the same, so the scale is 5e-6 smaller than in Caffe2; so is ours.
+    """
     for name in [name for name in state_dict if name.endswith(".bias")]:
         prefix, shift = name.removesuffix("bias"), state_dict[name]
         state_dict[f"{prefix}running_mean"] = torch.zeros_like(shift)
-        state_dict[f"{prefix}running_var"] = torch.ones_like(shift) - NORM_EPS
+        state_dict[f"{prefix}running_var"] = torch.ones_like(shift)
         note = "the norm is scale and shift alone"
         rows.append(Row("-", f"{prefix}running_mean", "added", f"0: {note}"))
-        rows.append(Row("-", f"{prefix}running_var", "added", f"1 - {NORM_EPS}: {note}"))
+        rows.append(Row("-", f"{prefix}running_var", "added", f"1: {note}"))
 
 
 def _check_anchors(file: WeightFile) -> None:

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Literal, NamedTuple
+from typing import IO, Any, Literal, NamedTuple, NoReturn
 
 import numpy as np
 import torch
@@ -72,7 +72,7 @@ def read_weights(path: Path) -> WeightFile:
                 f"{path}: damaged, cut short or not a file of weights ({type(error).__name__}: {error}). Download it "
                 "again and compare its size with the source's"
             ) from error
-    meta = {} if key is None else {str(k): v for k, v in root.items() if k != key}
+    meta = {} if key is None else {_name(k): v for k, v in root.items() if k != key}
     if all(name.startswith("module.") for name in tensors):  # the wrapper DistributedDataParallel
         tensors = {name.removeprefix("module."): value for name, value in tensors.items()}
     return WeightFile(tensors, {**meta, "state_dict_key": key}, path)
@@ -136,7 +136,7 @@ def _read_stream(file: IO[bytes]) -> tuple[Any, StorageBytes]:
         return root, _bytes_at(file, {})
     protocol, system = _Unpickler(file).load(), _Unpickler(file).load()
     if protocol != torch.serialization.PROTOCOL_VERSION or system["little_endian"] is not True:
-        raise ValueError(f"protocol {protocol}, {system}")
+        raise ValueError(f"protocol {_shown(protocol)}, {_shown(system)}")
     unpickler = _Unpickler(file)
     root, places = unpickler.load(), {}
     for key in _Unpickler(file).load():
@@ -205,7 +205,10 @@ def _find_state_dict(root: Any) -> tuple[str | None, dict[Any, Any]]:
             )
     if isinstance(root, dict) and any(isinstance(value, _Tensor | _Array) for value in root.values()):
         return None, root
-    found = f"the keys {', '.join(map(str, root)) or '(none)'}" if isinstance(root, dict) else f"{root!r:.80}"
+    found = _shown(root)
+    if isinstance(root, dict):
+        keys = [f"{_name(k)} ({v.name})" if isinstance(v, _StandIn) else _name(k) for k, v in root.items()]
+        found = f"the keys {', '.join(keys[:20]) or '(none)'}"
     raise InputError(
         f"no state dict at the top level or under {', '.join(STATE_DICT_KEYS)}; the file holds {found}. Save the dict "
         "of tensors alone"
@@ -233,21 +236,20 @@ class _Tensors:
             raise InputError("its state dict is empty. Use another file")
         tensors = {}
         for key, value in state_dict.items():
-            name = key.decode("latin1") if isinstance(key, bytes) else str(key)
+            name = _name(key)
             match value:
                 case _Tensor():
                     tensors[name] = self._tensor(value)
                 case _Array():
                     tensors[name] = value.tensor(name)
                 case _:
-                    what = f"an object of the class {value.name}" if isinstance(value, _StandIn) else f"{value!r:.80}"
-                    raise InputError(f"its {name} is {what}, not a tensor. Save the dict of tensors alone")
+                    raise InputError(f"its {name} is {_shown(value)}, not a tensor. Save the dict of tensors alone")
         return tensors
 
     def _tensor(self, record: _Tensor) -> Tensor:
         storage, dtype = record.storage, record.dtype or record.storage.dtype
         if not all(type(i) is int for i in (storage.first, storage.numel, record.offset, *record.size, *record.stride)):
-            raise ValueError(f"{record} is not made of numbers")
+            raise ValueError("a tensor whose place in its storage is not made of numbers")
         if 0 in record.size:
             return torch.empty(record.size, dtype=dtype)
         numel = storage.numel * storage.dtype.itemsize // dtype.itemsize
@@ -307,7 +309,7 @@ class _Array:
     def tensor(self, name: str) -> Tensor:
         code = self.dtype.code if isinstance(self.dtype, _Dtype) else None
         if code not in ("f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "b1"):
-            raise InputError(f"its {name} is an array of numpy's type {code!r}, not of numbers. Save numbers alone")
+            raise InputError(f"its {name} is an array of numpy's type {_shown(code)}. Save arrays of numbers alone")
         dtype = np.dtype(code)
         array = np.frombuffer(_bytes(self.data), dtype.newbyteorder(self.dtype.order))
         array = array.reshape(self.shape, order=self.order)
@@ -340,6 +342,24 @@ class _StandIn:
 
     def __repr__(self) -> str:
         return f"<{self.name}>"
+
+
+def _name(key: Any) -> str:
+    """A key of a dict as a string."""
+    return key.decode("latin1") if isinstance(key, bytes) else key if isinstance(key, str) else _shown(key)
+
+
+def _shown(value: Any) -> str:
+    """For messages. The repr of a container is 2**n long if it holds twice what holds twice what .. n times."""
+    if value is None or isinstance(value, bool | int | float | str | bytes):
+        return f"{value!r:.80}"
+    if isinstance(value, _StandIn):
+        return f"an object of the class {value.name}"
+    return f"an object of the type {type(value).__name__.strip('_').lower()}"
+
+
+def _refuse_dtype(name: str) -> NoReturn:
+    raise InputError(f"holds tensors of the type {name}, which cannot be read. Save them as torch.float32")
 
 
 class _Dict(dict[Any, Any]):
@@ -396,11 +416,13 @@ class _Unpickler(pickle.Unpickler):
                         return _Storage(key, dtype, numel)
                     case [(_view_key, int() as first, int() as view_numel)]:
                         return _Storage(key, dtype, view_numel, first)
+            case ("storage", type() as kind, *_) if issubclass(kind, _StandIn):
+                _refuse_dtype(kind.name)
             case ("module", module_class, _, _) | (module_class, str() | None, str() | None):
                 return module_class  # of a pickled module; the source of its code is ignored
             case str() | int() if self.objects is not None:
                 return self.objects[int(pid)]
-        raise pickle.UnpicklingError(f"unknown reference {pid!r:.80}")
+        raise pickle.UnpicklingError(f"unknown reference: {_shown(pid)}")
 
 
 def _rebuild_tensor(storage: Any, offset: Any, size: Any, stride: Any, *_: Any) -> _Tensor:
@@ -413,7 +435,7 @@ def _rebuild_tensor_v3(
     storage: Any, offset: Any, size: Any, stride: Any, _requires_grad: Any, _hooks: Any, dtype: Any, *_: Any
 ) -> _Tensor:
     if not isinstance(dtype, torch.dtype):
-        raise pickle.UnpicklingError("a tensor without a dtype")
+        _refuse_dtype(getattr(dtype, "name", "(none)"))
     return _rebuild_tensor(storage, offset, size, stride)._replace(dtype=dtype)
 
 
@@ -439,7 +461,7 @@ def _frombuffer(data: Any, dtype: Any, shape: Any, order: Any, axes: Any = None)
 def _bytes(data: Any = b"", encoding: str = "latin1") -> bytes:
     """Bytes, also as Python 2 wrote them and as Python 3 writes them in the protocols of Python 2: as strings."""
     if not isinstance(data, str | bytes | bytearray) or encoding not in ("latin1", "latin-1"):
-        raise pickle.UnpicklingError(f"bytes made of {data!r:.80} in the encoding {encoding!r:.80}")
+        raise pickle.UnpicklingError(f"bytes made of {_shown(data)} in the encoding {_shown(encoding)}")
     return data.encode("latin1") if isinstance(data, str) else bytes(data)
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fpn_det.structures import Categories, InputError
-from fpn_det.weights.architecture import detector_architecture, norm_kind, resnet_architecture
+from fpn_det.weights.architecture import detector_architecture, norm_kind, resnet_architecture, shape_of
 from fpn_det.weights.body_input import MSRA, TORCHVISION
 from fpn_det.weights.coco_classes import COCO_CATEGORIES
 from fpn_det.weights.read import WeightFile
@@ -38,6 +38,7 @@ _UNSUPPORTED = (
 )
 _FAMILY = ("backbone.body.", "backbone.fpn.inner_blocks.", "head.classification_head.", "features.")
 _IMPORTABLE = "Torchvision's Faster R-CNN with a ResNet and an FPN, and its ResNet classifiers, can be imported"
+_NO_CONFIG = "the file has no config: the anchors, pooling and thresholds are torchvision's defaults"
 _NORM = "(weight|bias|running_mean|running_var|num_batches_tracked)"
 
 
@@ -93,9 +94,9 @@ def _convert_body(file: WeightFile, style: Style) -> Converted:
         Rule(r"fc\.(weight|bias)", None, "the classifier of images"),
     ]
     state_dict, rows = rename(file.tensors, rules, source=file.path)
+    name = resnet_architecture(state_dict, source=file.path)
     body_input = MSRA if style == "caffe" else replace(TORCHVISION, reason="torchvision's names")
     body_input.to_rgb("conv1.weight", state_dict, rows)
-    name = resnet_architecture(state_dict, source=file.path)
     backbone = {"name": name, "norm": "frozen_bn", "stride_in_1x1": body_input.stride_in_1x1}
     return Converted(
         kind="body",
@@ -112,21 +113,25 @@ def _convert_body(file: WeightFile, style: Style) -> Converted:
 def _convert_detector(
     file: WeightFile, *, sha256: str, norm_eps: float | None, categories: Categories | None
 ) -> Converted:
-    logits = file.tensors.get("roi_heads.box_predictor.cls_score.bias")
-    deltas = file.tensors.get("roi_heads.box_predictor.bbox_pred.bias")
-    if logits is None or deltas is None or "backbone.body.conv1.weight" not in file.tensors:
+    predictor = [f"roi_heads.box_predictor.{layer}" for layer in ("cls_score", "bbox_pred")]
+    needed = {"backbone.body.conv1.weight", *(f"{layer}.{part}" for layer in predictor for part in ("weight", "bias"))}
+    if not needed <= file.tensors.keys():
         raise InputError(
             f"{file.path}: no Faster R-CNN with a ResNet body: it lacks backbone.body.conv1 or roi_heads.box_predictor "
             f"with cls_score and bbox_pred. {_IMPORTABLE}"
         )
-    if len(deltas) != 4 * len(logits):
-        raise InputError(
-            f"{file.path}: roi_heads.box_predictor has {len(deltas)} rows of bbox_pred for {len(logits)} labels; "
-            "expected four for each"
-        )
-    labels, class_remark = _labels(len(logits), categories, file)
-    state_dict, rows = rename(file.tensors, _detector_rules(file.tensors, labels, len(logits)), source=file.path)
-    model = detector_architecture(state_dict, source=file.path, background_rows=len(logits) - len(labels))
+    [num_labels] = shape_of(file.tensors, f"{predictor[0]}.bias", ndim=1, source=file.path)
+    for layer, rows_per_label in zip(predictor, (1, 4), strict=True):
+        for part, ndim in (("bias", 1), ("weight", 2)):
+            found = shape_of(file.tensors, f"{layer}.{part}", ndim=ndim, source=file.path)[0]
+            if found != rows_per_label * num_labels:
+                raise InputError(
+                    f"{file.path}: {layer}.{part} has {found} rows for {num_labels} labels; expected {rows_per_label} "
+                    "for each"
+                )
+    labels, class_remark = _labels(num_labels, categories, file)
+    state_dict, rows = rename(file.tensors, _detector_rules(file.tensors, labels, num_labels), source=file.path)
+    model = detector_architecture(state_dict, source=file.path, background_rows=num_labels - len(labels))
     if "gn" in (model["backbone"]["norm"], model["neck"]["norm"], model["roi_head"]["box_head"].get("norm")):
         raise InputError(f"{file.path}: group norm, whose number of groups is not in the file, cannot be imported")
     eps, eps_remark = _norm_eps(norm_eps, sha256, model["backbone"]["norm"])
@@ -147,13 +152,15 @@ def _convert_detector(
         # Batches of one: in others, the inferred strides and what borders on an image depend on the images beside it.
         config={"model": model, "data": {"resize": "float"}, "eval": {"batch_size": 1}},
         rows=rows,
-        categories=categories or (COCO_CATEGORIES if len(logits) == COCO_LABELS else None),
-        remarks=(class_remark, eps_remark),
+        categories=categories or (COCO_CATEGORIES if num_labels == COCO_LABELS else None),
+        remarks=(class_remark, eps_remark, _NO_CONFIG),
     )
 
 
 def _labels(num_labels: int, categories: Categories | None, file: WeightFile) -> tuple[list[int], str]:
     """The file's label of each class, and in words how they were found."""
+    if num_labels < 2:
+        raise InputError(f"{file.path}: its one label is the background; a detector has one class or more")
     positions = list(range(1, num_labels))
     if categories is None and num_labels != COCO_LABELS:
         return positions, f"{len(positions)} classes of unknown names; --categories names them"

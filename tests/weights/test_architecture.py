@@ -34,6 +34,18 @@ def test_unknown_bodies_are_described() -> None:
         resnet_architecture({})
 
 
+def test_misshapen_and_missing_tensors_of_a_body_are_named() -> None:
+    with torch.device("meta"):
+        body = torchvision.models.resnet18().state_dict()
+    with pytest.raises(InputError, match=r"file\.pth: layer1\.0\.conv2\.weight has the shape \(64, 0, 3, 3\)"):
+        resnet_architecture(body | {"layer1.0.conv2.weight": torch.zeros(64, 0, 3, 3)}, source="file.pth")
+    with pytest.raises(InputError, match=r"file\.pth: conv1\.weight has the shape \(64,\); expected 4"):
+        resnet_architecture(body | {"conv1.weight": torch.zeros(64)}, source="file.pth")
+    del body["conv1.weight"]
+    with pytest.raises(InputError, match=r"file\.pth: no model of this kind can do without conv1\.weight"):
+        resnet_architecture(body, source="file.pth")
+
+
 def test_norm_kinds() -> None:
     def tensors(*names: str) -> dict[str, Tensor]:
         return {f"stem.1.{name}": torch.zeros(1) for name in names}
@@ -46,5 +58,5 @@ def test_norm_kinds() -> None:
 
 
 def test_missing_parts_of_a_detector_are_named() -> None:
-    with pytest.raises(InputError, match=r"file\.pth: no Faster R-CNN .* can do without neck\.lateral\.0\.weight"):
+    with pytest.raises(InputError, match=r"file\.pth: no model of this kind can do without neck\.lateral\.0\.weight"):
         detector_architecture({"rpn.head.objectness.weight": torch.zeros(3, 8, 1, 1)}, source="file.pth")

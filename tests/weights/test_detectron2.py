@@ -126,6 +126,7 @@ def test_conventions_of_the_model_zoo(tensors: dict[str, Tensor]) -> None:
     assert (head.aligned, head.sampling_ratio, head.level_eps, head.background_rows) == (True, 0, 1e-8, 1)
     assert head.min_size is None
     assert converted.categories == COCO_CATEGORIES
+    assert any("no config" in remark for remark in converted.remarks)
 
 
 def resnext(num_classes: int = 80) -> dict[str, Tensor]:
@@ -286,7 +287,7 @@ def classifier() -> Source:
 
 
 def test_msra_body_in_caffe2_names(tmp_path: Path) -> None:
-    """R-50.pkl: the norm is scale and shift alone, which Detectron2's FrozenBatchNorm2d applies exactly."""
+    """R-50.pkl: the norm is scale and shift alone, to which Detectron2's FrozenBatchNorm2d adds its eps."""
     model = classifier()
     random_body(model, statistics=False)
     names = caffe2_names()
@@ -306,17 +307,18 @@ def test_msra_body_in_caffe2_names(tmp_path: Path) -> None:
     assert (config.model.pixel_mean, config.model.pixel_std) == (BGR_MEAN[::-1], (1, 1, 1))
     ours = build_backbone(config).eval()
     ours.load_classifier(converted.state_dict)
-    # x * scale + shift, with var = 1 - eps as in FrozenBatchNorm2d.__init__
+    # FrozenBatchNorm2d._load_from_state_dict: a file without statistics gets variance 1, not the 1 - eps of __init__.
     for name in [name for name in model.tensors if name.endswith(".bias")]:
         model.tensors[name.replace("bias", "running_mean")] = torch.zeros_like(model.tensors[name])
-        model.tensors[name.replace("bias", "running_var")] = torch.ones_like(model.tensors[name]) - 1e-5
+        model.tensors[name.replace("bias", "running_var")] = torch.ones_like(model.tensors[name])
     image = torch.randn(1, 3, 64, 96) * 50
     for a, b in zip(ours(image), model.body(image.flip(1)), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
     scale = model.tensors["bn1.weight"][:, None, None]
     shift = model.tensors["bn1.bias"][:, None, None]
     x = torch.randn(1, 64, 5, 5) * 1000
-    torch.testing.assert_close(ours.stem[1](x), x * scale + shift, rtol=1e-6, atol=1e-6)  # eps would make 5e-6
+    expected = x * scale / (1 + 1e-5) ** 0.5 + shift  # eps makes 5e-6
+    torch.testing.assert_close(ours.stem[1](x), expected, rtol=1e-6, atol=1e-6)
 
 
 def test_msra_body_with_statistics_in_caffe2_names() -> None:
@@ -399,6 +401,13 @@ def test_unknown_and_missing_tensors_are_errors() -> None:
     tensors = r50() | blank({"proposal_generator.rpn_head.objectness_logits.weight": (9, 8, 1, 1)})
     with pytest.raises(InputError, match=r"9 anchors per cell, expected 3"):
         convert(weight_file(tensors))
+    tensors = r50()
+    del tensors[f"{PREFIX}stem.conv1.weight"]
+    with pytest.raises(InputError, match=r"can do without .*stem\.0\.weight|can do without conv1\.weight"):
+        convert(weight_file(tensors))
+    for logits, message in ((torch.zeros(()), r"class_logits\.bias has the shape \(\)"), (torch.zeros(1), "one class")):
+        with pytest.raises(InputError, match=message):
+            convert(weight_file(r50() | {"roi_heads.box_predictor.cls_score.bias": logits}))
 
 
 def test_recognises_its_own_alone() -> None:

@@ -1,5 +1,6 @@
 """Files of MMDetection in their exact layout; each convention against its formula, written from its source."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,9 @@ from importing import assert_builds, assert_same_detections, blank, draw, parse,
 from reference import Source, random_body, random_rest
 from torch import Tensor
 
+from fpn_det import boxes as box_ops
 from fpn_det.build import build_model
+from fpn_det.models.fpn import Upsample
 from fpn_det.models.roi_pool import MultiLevelRoIAlign
 from fpn_det.structures import Categories, InputError
 from fpn_det.weights.coco_classes import COCO_CATEGORIES
@@ -112,6 +115,18 @@ test_pipeline = [
 """
 
 
+def config_with(name: str, value: Any) -> str:
+    """`config_2x` with one more setting, or another value of it."""
+    config: dict[str, Any] = {}
+    exec(config_2x(), {}, config)
+    section = config
+    *keys, last = name.split(".")
+    for key in keys:
+        section = section.setdefault(key, {})
+    section[last] = value
+    return "".join(f"{key} = {value!r}\n" for key, value in config.items())
+
+
 def resize_as_mmdetection(path: Path, long_edge: int, short_edge: int) -> tuple[Tensor, tuple[int, int]]:
     """LoadImageFromFile (OpenCV, BGR) and mmcv.imrescale; given back as RGB."""
     image = cv2.imread(str(path), cv2.IMREAD_COLOR)
@@ -195,6 +210,7 @@ def test_conventions(r50: dict[str, Tensor]) -> None:
     assert rpn.min_match_iou == 0.3
     assert (head.aligned, head.sampling_ratio, head.level_eps, head.background_rows) == (True, 0, 2.5e-7, 1)
     assert head.box_weights == (10, 10, 5, 5)
+    assert head.min_size == -1  # its NMS looks at no sizes
     left_out = [row for row in converted.rows if row.action == "left out"]
     assert len(left_out) == 53
     assert all(row.source.endswith("num_batches_tracked") and row.note for row in left_out)
@@ -280,6 +296,17 @@ def test_settings_of_detection_follow_the_config(r50: dict[str, Tensor]) -> None
     assert any("soft_nms" in remark for remark in converted.remarks)
 
 
+def test_sizes_are_those_of_the_pipeline_that_tests(r50: dict[str, Tensor]) -> None:
+    """A config can change the pipeline of the data and leave the variable `test_pipeline` behind."""
+    pipeline = "pipeline=[dict(type='LoadImageFromFile'), dict(keep_ratio=True, scale=(500, 300), type='Resize')]"
+    for text in (
+        config_3x() + f"test_dataloader = dict(batch_size=1, dataset=dict({pipeline}))\n",
+        config_2x() + f"data = dict(test=dict({pipeline}))\n",
+    ):
+        data = parse(convert(weight_file(r50, config=text))).data
+        assert (data.test_short_side, data.long_side) == (300, 500)
+
+
 def test_anchors_follow_the_config(r50: dict[str, Tensor]) -> None:
     text = config_2x().replace("scales=[8], ratios=[0.5, 1.0, 2.0]", "scales=[4, 8], ratios=[1.0]")
     with pytest.raises(InputError, match="3 anchors per cell, expected 2"):
@@ -289,32 +316,238 @@ def test_anchors_follow_the_config(r50: dict[str, Tensor]) -> None:
     config = assert_builds(convert(weight_file(two, config=text)))
     assert config.model.anchors.level_sizes == [(16, 32), (32, 64), (64, 128), (128, 256), (256, 512)]
     assert config.model.anchors.ratios == (1.0,)
-    legacy = config_2x().replace("'AnchorGenerator'", "'LegacyAnchorGenerator'")
-    with pytest.raises(InputError, match="only an AnchorGenerator"):
-        convert(weight_file(r50, config=legacy))
+    based = config_with("model.rpn_head.anchor_generator.base_sizes", [5, 9, 17, 33, 65])
+    assert parse(convert(weight_file(r50, config=based))).model.anchors.level_sizes == [
+        (40,),
+        (72,),
+        (136,),
+        (264,),
+        (520,),
+    ]
 
 
-def test_levels_of_rois() -> None:
+def proposals_of(
+    rpn: dict[str, Tensor], x: Tensor, *, stride: int, scales: list[int], ratios: list[float], scale_major: bool
+) -> tuple[Tensor, Tensor]:
+    """Boxes (A, 4) and logits (A,) of a level, of RPNHead, AnchorGenerator and delta2bbox in mmdet 3.3.0."""
+    hidden = F.conv2d(x, rpn["rpn_conv.weight"], rpn["rpn_conv.bias"], padding=1).relu()
+    logits = F.conv2d(hidden, rpn["rpn_cls.weight"], rpn["rpn_cls.bias"])[0].permute(1, 2, 0).flatten()
+    deltas = F.conv2d(hidden, rpn["rpn_reg.weight"], rpn["rpn_reg.bias"])[0].permute(1, 2, 0).reshape(-1, 4)
+    # gen_single_level_base_anchors: w * w_ratios[:, None] * scales[None, :], or scales first.
+    shapes = [(ratio, scale) for ratio in ratios for scale in scales]
+    if not scale_major:
+        shapes = [(ratio, scale) for scale in scales for ratio in ratios]
+    boxes = []
+    for i, (dx, dy, dw, dh) in enumerate(deltas.tolist()):
+        cell, anchor = divmod(i, len(shapes))
+        row, column = divmod(cell, x.shape[-1])
+        ratio, scale = shapes[anchor]
+        w, h = stride * scale / math.sqrt(ratio), stride * scale * math.sqrt(ratio)
+        cx, cy = column * stride + dx * w, row * stride + dy * h
+        w, h = w * math.exp(dw), h * math.exp(dh)
+        boxes.append([cx - w / 2, cy - h / 2, cx + w / 2, cy + h / 2])
+    return torch.tensor(boxes), logits
+
+
+@pytest.mark.parametrize("scale_major", [True, False])
+def test_anchors_of_several_scales_and_ratios(r50: dict[str, Tensor], scale_major: bool) -> None:
+    """Theirs are ordered by ratio, then scale, unless scale_major is False; every box must come off its own anchor."""
+    scales, ratios = [4, 9], [0.5, 1.0, 3.0]
+    text = config_2x().replace("scales=[8], ratios=[0.5, 1.0, 2.0]", f"scales={scales}, ratios={ratios}")
+    text = text if scale_major else text.replace("scales=[4", "scale_major=False, scales=[4")
+    rpn = {"rpn_conv.weight": torch.randn(8, 8, 3, 3) / 6, "rpn_conv.bias": torch.randn(8) / 6}
+    rpn |= {"rpn_cls.weight": torch.randn(6, 8, 1, 1), "rpn_cls.bias": torch.randn(6)}
+    rpn |= {"rpn_reg.weight": torch.randn(24, 8, 1, 1) / 9, "rpn_reg.bias": torch.randn(24) / 9}
+    others = {name: value for name, value in r50.items() if not name.startswith(("rpn_head.", "roi_head."))}
+    converted = convert(weight_file(others | {f"rpn_head.{k}": v for k, v in rpn.items()}, config=text))
+    permuted = [row for row in converted.rows if row.action == "permuted"]
+    assert len(permuted) == (4 if scale_major else 0)
+    assert all("ratio" in row.note for row in permuted)
+
+    ours = build_model(parse(converted), 1, pretrained=False).rpn
+    ours.load_state_dict({k.removeprefix("rpn."): v for k, v in converted.state_dict.items() if k.startswith("rpn.")})
+    levels = [torch.randn(1, 8, 5 - i, 6 - i) for i in range(5)]
+    with torch.no_grad():
+        for i, (logits, deltas, anchors) in enumerate(zip(*ours(levels), strict=True)):
+            boxes, expected = proposals_of(
+                rpn, levels[i], stride=4 * 2**i, scales=scales, ratios=ratios, scale_major=scale_major
+            )
+            order, expected_order = logits[0].argsort(), expected.argsort()
+            torch.testing.assert_close(logits[0][order], expected[expected_order])
+            decoded = box_ops.decode(deltas[0], anchors, delta_clamp="both")
+            torch.testing.assert_close(decoded[order], boxes[expected_order], rtol=1e-4, atol=1e-3)
+
+
+def test_wrong_numbers_of_anchors_are_named(r50: dict[str, Tensor]) -> None:
+    text = config_2x().replace("scales=[8]", "scales=[4, 8]")
+    for shape in ((3, 8, 1, 1), (5, 8, 1, 1)):
+        with pytest.raises(InputError, match=f"{shape[0]} anchors per cell, expected 6"):
+            convert(weight_file(r50 | blank({"rpn_head.rpn_cls.weight": shape}), config=text))
+
+
+@pytest.mark.parametrize("finest_scale", [56, 112])
+def test_levels_of_rois(finest_scale: int) -> None:
     """floor(log2(s / 56 + 1e-6)) there; ours uses level_eps. Sizes a rounding away from a switch are left out."""
-    ours = MultiLevelRoIAlign(strides=(4, 8, 16, 32), level_eps=2.5e-7)
-    without = MultiLevelRoIAlign(strides=(4, 8, 16, 32))
+    ours = MultiLevelRoIAlign(strides=(4, 8, 16, 32), canonical_size=4 * finest_scale, level_eps=2.5e-7)
+    without = MultiLevelRoIAlign(strides=(4, 8, 16, 32), canonical_size=4 * finest_scale)
     differ = 0
-    for boundary in (112.0, 224.0, 448.0):
+    for boundary in (2.0 * finest_scale, 4.0 * finest_scale, 8.0 * finest_scale):
         side = np.float32(boundary) * (1 - np.arange(60) * np.float32(3e-8))
         boxes = F.pad(torch.from_numpy(side)[:, None].expand(-1, 2), (2, 0))
         size = boxes[:, 2:].prod(dim=1).sqrt()
-        theirs = torch.floor(torch.log2(size / 56 + 1e-6)).clamp(min=0, max=3).long()
-        switch = boundary * (1 - 1e-6 * 56 / boundary)
+        theirs = torch.floor(torch.log2(size / finest_scale + 1e-6)).clamp(min=0, max=3).long()
+        switch = boundary * (1 - 1e-6 * finest_scale / boundary)
         clear = (size.double() / switch - 1).abs() > 3e-7
         assert torch.equal(ours.assign_levels(boxes)[clear], theirs[clear])
         differ += int((without.assign_levels(boxes) != theirs)[clear].sum())
     assert differ > 0
 
 
+def test_settings_that_have_a_key(r50: dict[str, Tensor]) -> None:
+    extractor = "model.roi_head.bbox_roi_extractor"
+    for name, value, key, expected in (
+        (f"{extractor}.finest_scale", 112, "roi_head.canonical_size", 448),
+        (f"{extractor}.roi_layer", {"type": "RoIAlign", "out_size": 7, "sample_num": 2}, "roi_head.sampling_ratio", 2),
+        (f"{extractor}.roi_layer.output_size", [7, 7], "roi_head.pool_size", 7),
+        ("model.roi_head.bbox_head.bbox_coder", {"type": "DeltaXYWHBBoxCoder"}, "roi_head.box_weights", (1, 1, 1, 1)),
+        ("model.neck.upsample_cfg", {"mode": "bilinear"}, "neck.upsample", "bilinear"),
+        ("model.neck.upsample_cfg", {"mode": "nearest", "scale_factor": 2}, "neck.upsample", "nearest"),
+        ("model.backbone.norm_cfg", {"type": "BN", "eps": 1e-3}, "backbone.norm_eps", 1e-3),
+    ):
+        found: Any = assert_builds(convert(weight_file(r50, config=config_with(name, value)))).model
+        for part in key.split("."):
+            found = getattr(found, part)
+        assert found == expected, name
+
+
+def test_bilinear_upsampling_is_theirs() -> None:
+    """F.interpolate(x, size=.., mode='bilinear') in mmdet/models/necks/fpn.py."""
+    x = torch.randn(1, 4, 5, 7)
+    for size in ((10, 14), (9, 13)):
+        theirs = F.interpolate(x, size=size, mode="bilinear")
+        assert torch.equal(Upsample(channels=4, kind="bilinear")(x, size), theirs)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("backbone.type", "ResNetV1d"),
+        ("backbone.style", "tensorflow"),
+        ("backbone.strides", (1, 2, 2, 1)),
+        ("backbone.dilations", (1, 1, 1, 2)),
+        ("backbone.dcn", {"type": "DCN", "deform_groups": 1}),
+        ("backbone.plugins", [{"cfg": {"type": "ContextBlock"}}]),
+        ("backbone.conv_cfg", {"type": "ConvWS"}),
+        ("neck.type", "PAFPN"),
+        ("neck.act_cfg", {"type": "ReLU"}),
+        ("neck.conv_cfg.type", "ConvWS"),
+        ("neck.norm_cfg", {"type": "GN", "num_groups": 16}),
+        ("neck.norm_cfg.eps", 1e-3),
+        ("neck.upsample_cfg.mode", "bicubic"),
+        ("neck.upsample_cfg.align_corners", True),
+        ("neck.upsample_cfg.scale_factor", 4),
+        ("rpn_head.type", "GARPNHead"),
+        ("rpn_head.anchor_generator.type", "LegacyAnchorGenerator"),
+        ("rpn_head.anchor_generator.strides", [8, 16, 32, 64, 128]),
+        ("rpn_head.anchor_generator.octave_base_scale", 4),
+        ("rpn_head.anchor_generator.centers", [(0.0, 0.0)] * 5),
+        ("rpn_head.anchor_generator.center_offset", 0.5),
+        ("rpn_head.bbox_coder.type", "TBLRBBoxCoder"),
+        ("rpn_head.bbox_coder.target_means", [0.0, 0.0, 0.1, 0.1]),
+        ("rpn_head.bbox_coder.target_stds", [0.1, 0.1, 0.2, 0.2]),
+        ("test_cfg.rpn.nms", {"type": "soft_nms", "iou_threshold": 0.7}),
+        ("test_cfg.rpn.nms_across_levels", True),
+        ("test_cfg.rcnn.nms.class_agnostic", True),
+        ("roi_head.bbox_roi_extractor.type", "GenericRoIExtractor"),
+        ("roi_head.bbox_roi_extractor.featmap_strides", [4, 8, 16]),
+        ("roi_head.bbox_roi_extractor.roi_layer.type", "RoIPool"),
+        ("roi_head.bbox_roi_extractor.roi_layer.pool_mode", "max"),
+        ("roi_head.bbox_roi_extractor.roi_layer.output_size", 14),
+        ("roi_head.bbox_head.bbox_coder.type", "LegacyDeltaXYWHBBoxCoder"),
+        ("roi_head.bbox_head.bbox_coder.target_means", [0.0, 0.0, 0.1, 0.1]),
+        ("roi_head.bbox_head.bbox_coder.clip_border", False),
+        ("roi_head.bbox_head.bbox_coder.add_ctr_clamp", True),
+        ("roi_head.bbox_head.cls_predictor_cfg", {"type": "NormedLinear"}),
+    ],
+)
+def test_settings_that_ours_cannot_follow(r50: dict[str, Tensor], name: str, value: Any) -> None:
+    """Each changes the boxes, and none the names or shapes of the tensors."""
+    with pytest.raises(InputError, match=rf"its config has model\.{name}.*; only .* can be imported"):
+        convert(weight_file(r50, config=config_with(f"model.{name}", value)))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "supported"),
+    [
+        ("roi_head.bbox_head.bbox_coder.target_stds", [0.1, 0.1, 0.2, 0], "a list of 4, each a number above 0"),
+        ("roi_head.bbox_head.bbox_coder.target_stds", 0.1, "a list of 4"),
+        ("roi_head.bbox_head.bbox_coder.target_stds", [0.1, 0.2], "a list of 4"),
+        ("rpn_head.anchor_generator.scales", 8, "a list of one or more"),
+        ("rpn_head.anchor_generator.scales", ["8"], "a list of one or more"),
+        ("rpn_head.anchor_generator.ratios", [], "a list of one or more"),
+        ("rpn_head.anchor_generator.ratios", [0.5, -1], "a list of one or more, each a number above 0"),
+        ("rpn_head.anchor_generator.base_sizes", [4, 8], "a list of 5"),
+        ("backbone.norm_cfg.eps", -1, "a number from 0"),
+        ("test_cfg.rpn.nms_pre", -1, "a whole number above 0"),
+        ("test_cfg.rpn.max_num", 1000.5, "a whole number above 0"),
+        ("test_cfg.rpn.min_bbox_size", "0", "a number from 0"),
+        ("test_cfg.rpn.nms_thr", 7, "a number from 0 to 1"),
+        ("test_cfg.rcnn.score_thr", "x", "a number from 0 to 1"),
+        ("test_cfg.rcnn.max_per_img", True, "a whole number above 0"),
+        pytest.param("test_cfg.rcnn.nms.iou_threshold", 10**400, "a number from 0 to 1", id="huge"),
+        ("roi_head.bbox_roi_extractor.finest_scale", 0, "a number above 0"),
+        ("roi_head.bbox_roi_extractor.roi_layer.sampling_ratio", -1, "a whole number from 0"),
+        ("roi_head.bbox_roi_extractor.roi_layer.aligned", 1, "True or False"),
+    ],
+)
+def test_odd_values_are_named(r50: dict[str, Tensor], name: str, value: Any, supported: str) -> None:
+    with pytest.raises(InputError) as raised:
+        convert(weight_file(r50, config=config_with(f"model.{name}", value)))
+    assert f"its config has model.{name} {value!r:.80}; only {supported}" in str(raised.value)
+    assert ZOO in str(raised.value)
+
+
+def test_values_that_are_not_literals_are_shown_not_dropped(r50: dict[str, Tensor]) -> None:
+    text = config_2x().replace("scales=[8]", "scales=anchor_scales()")
+    with pytest.raises(InputError, match=r"anchor_generator\.scales 'anchor_scales\(\)'; only a list"):
+        convert(weight_file(r50, config=text))
+
+
+def test_resize_of_the_pipeline(r50: dict[str, Tensor]) -> None:
+    for text in (
+        config_2x().replace("keep_ratio=True", "keep_ratio=False"),
+        config_3x().replace("keep_ratio=True", "keep_ratio=False"),
+        config_3x().replace("keep_ratio=True, ", ""),  # False by default since 3.0
+    ):
+        with pytest.raises(InputError, match=r"test_pipeline: Resize\.keep_ratio False; only True can be imported"):
+            convert(weight_file(r50, cfg=text))
+    convert(weight_file(r50, config=config_2x().replace("keep_ratio=True", "")))  # True by default before
+    for scale in ("[(240, 160), (480, 320)]", "240", "(240, 160.5)", "(240, 0)"):
+        with pytest.raises(InputError, match=r"test_pipeline: scale of Resize .*only a list of 2, each a whole number"):
+            convert(weight_file(r50, cfg=config_3x().replace("(240, 160)", scale)))
+
+
+def test_remarks_on_padding_and_on_a_config_without_sizes(r50: dict[str, Tensor]) -> None:
+    def remarks(text: str) -> str:
+        return " ".join(convert(weight_file(r50, config=text)).remarks)
+
+    for text in (config_2x(), config_3x()):
+        assert "multiples" not in remarks(text)
+        assert "no size" not in remarks(text)
+    assert "multiples of 64" in remarks(config_2x().replace("size_divisor=32", "size_divisor=64"))
+    assert "multiples of 16" in remarks(config_3x().replace("pad_size_divisor=32", "pad_size_divisor=16"))
+    assert "multiples of 1," in remarks(config_3x().replace("pad_size_divisor=32, ", ""))  # its default
+    assert "no size of images in test_pipeline" in remarks(config_3x().replace("type='Resize'", "type='Rescale'"))
+
+
 def test_rpn_alone_and_fast_rcnn(r50: dict[str, Tensor]) -> None:
     rpn = {name: value for name, value in r50.items() if not name.startswith("roi_head.")}
     config = assert_builds(convert(weight_file(rpn, "rpn_r50_fpn_1x_coco_20200218-5525fa2e.pth")), 1)
     assert (config.model.kind, config.model.rpn.pre_nms_top_k_test) == ("rpn", 2000)
+    since_3 = {name.replace("rpn_head.", "bbox_head."): value for name, value in rpn.items()}
+    assert recognises(since_3)
+    renamed = convert(weight_file(since_3, cfg=config_3x()))
+    assert assert_builds(renamed, 1).model.kind == "rpn"
     with_config = convert(weight_file(rpn, config=config_2x().replace("nms_pre=1000", "nms_pre=500")))
     assert parse(with_config).model.rpn.pre_nms_top_k_test == 500
     fast = {name: value for name, value in r50.items() if not name.startswith("rpn_head.")}
@@ -356,6 +589,8 @@ def test_classes(r50: dict[str, Tensor]) -> None:
         assert_builds(converted, 3)
     assert convert(weight_file(three)).categories is None
     assert convert(weight_file(r50)).categories == COCO_CATEGORIES
+    old = tuple(name.replace(" ", "_") for name in COCO_CATEGORIES.names)  # mmdet/datasets/coco.py of 1.x
+    assert convert(weight_file(r50, CLASSES=old)).categories == COCO_CATEGORIES
     assert convert(weight_file(three, CLASSES=("two", "names"))).categories is None
 
 

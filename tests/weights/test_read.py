@@ -1,6 +1,7 @@
 """Containers of weights: what each framework writes is read equal; nothing in a file is executed."""
 
 import builtins
+import codecs
 import collections
 import datetime
 import functools
@@ -226,6 +227,61 @@ def test_whole_modules_are_refused(tmp_path: Path, new: bool, wrap: Callable[[nn
     torch.save(wrap(nn.Linear(2, 2)), path, _use_new_zipfile_serialization=new)
     with pytest.raises(InputError, match=r"model.pth: holds a pickled object of the class torch\.nn.*state_dict"):
         read_weights(path)
+
+
+@pytest.mark.parametrize("new", [True, False], ids=["zip", "stream"])
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor")
+def test_tensors_of_other_kinds_are_named(tmp_path: Path, new: bool) -> None:
+    path = tmp_path / "weights.pth"
+    for value, name in (
+        (torch.zeros(3, dtype=torch.complex64), r"type torch\.ComplexFloatStorage"),
+        (torch.ones(2).to(torch.float8_e4m3fn), r"type torch\.float8_e4m3fn"),
+        (torch.quantize_per_tensor(torch.randn(3), 0.1, 0, torch.qint8), r"type torch\.QInt8Storage"),
+        (torch.eye(3).to_sparse(), r"torch\._utils\._rebuild_sparse_tensor"),
+    ):
+        torch.save({"w": value}, path, _use_new_zipfile_serialization=new)
+        with pytest.raises(InputError, match=rf"weights\.pth: (?!damaged).*{name}"):
+            read_weights(path)
+
+
+def test_messages_do_not_spell_out_what_a_container_holds(tmp_path: Path) -> None:
+    """Lists that hold the previous one ten times, sixty times over: their repr would never end."""
+    nested: Any = 0
+    for _ in range(60):
+        nested = [nested] * 10
+    key: frozenset[Any] = frozenset()
+    for _ in range(60):
+        key = frozenset([(key, key)])  # sets keep their hash, so that this one may be a key
+
+    class Array:
+        def __reduce__(self) -> tuple[Any, ...]:
+            state = (1, (1,), Calls(np.dtype, nested), False, b"")
+            return np.ones(1).__reduce__()[0], (np.ndarray, (0,), b"b"), state  # type: ignore[index]
+
+    storage = torch.storage.TypedStorage(
+        wrap_storage=torch.zeros(1).untyped_storage(), dtype=torch.float32, _internal=True
+    )
+    place = storage, 0, (nested,), (1,), False, OrderedDict()
+    tensor = io.BytesIO()
+    torch.save({"w": Calls(torch._utils._rebuild_tensor_v2, *place)}, tensor)
+    contents = [
+        (pickle.dumps(nested), "holds an object of the type list"),
+        (pickle.dumps({key: 1}), "the keys an object of the type frozenset"),
+        (pickle.dumps({"model": {key: 1}}), "its an object of the type frozenset is 1"),
+        (pickle.dumps({"model": {"w": nested}}), "its w is an object of the type list"),
+        (pickle.dumps({"model": {"w": Array()}}), "numpy's type an object of the type list"),
+        (pickle.dumps(Calls(codecs.encode, "", nested)), "the encoding an object of the type list"),
+        (pickle.dumps(nested, 2)[:-1] + b"Q.", "unknown reference: an object of the type list"),
+        (pickle.dumps(torch.serialization.MAGIC_NUMBER) + pickle.dumps(nested) + pickle.dumps(0), "protocol an object"),
+        (tensor.getvalue(), "not made of numbers"),
+    ]
+    path = tmp_path / "weights.pth"
+    for content, message in contents:
+        path.write_bytes(content)
+        with pytest.raises(InputError, match=message):
+            read_weights(path)
+    path.write_bytes(pickle.dumps({"model": {"w": np.ones(1)}, key: 1}))  # beside the state dict
+    assert list(read_weights(path).tensors) == ["w"]
 
 
 # --- Nothing is executed ---

@@ -384,7 +384,8 @@ def test_norm_eps(meta_state: dict[str, Tensor]) -> None:
     assert eps(frozen, sha256=64 * "0") == 1e-5
     assert eps(frozen, sha256=64 * "0", norm_eps=0) == 0
     assert eps(frozen, sha256=published, norm_eps=1e-3) == 1e-3
-    assert eps(meta_state, sha256=published) == 1e-5  # overwrite_eps of torchvision spares BatchNorm2d
+    assert eps(meta_state, sha256=published) == 0  # torchvision gives that file frozen norms, whatever it holds
+    assert eps(meta_state) == 1e-5
     # torchvision names its files by the start of their hash
     assert importer.SHA256_OF_EPS_0 in detection.FasterRCNN_ResNet50_FPN_Weights.COCO_V1.url
 
@@ -465,8 +466,38 @@ def test_other_anchors_are_refused() -> None:
 
 def test_class_agnostic_boxes_are_refused(meta_state: dict[str, Tensor]) -> None:
     agnostic = {k: v[:4] if "bbox_pred" in k and "roi" in k else v for k, v in meta_state.items()}
-    with pytest.raises(InputError, match=r"x\.pth: .* 4 rows of bbox_pred for 91 labels"):
+    with pytest.raises(InputError, match=r"x\.pth: .*bbox_pred\.bias has 4 rows for 91 labels; expected 4 for each"):
         convert(agnostic)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "message"),
+    [
+        ("roi_heads.box_predictor.cls_score.bias", (), r"cls_score\.bias has the shape \(\); expected 1 sizes"),
+        ("roi_heads.box_predictor.cls_score.weight", (90, 1024), r"cls_score\.weight has 90 rows for 91 labels"),
+        ("roi_heads.box_predictor.bbox_pred.weight", (365, 1024), r"bbox_pred\.weight has 365 rows for 91 labels"),
+        ("roi_heads.box_head.fc6.weight", (1024,), r"fcs\.0\.weight has the shape \(1024,\); expected 2 sizes"),
+        ("backbone.fpn.inner_blocks.0.0.weight", (), r"neck\.lateral\.0\.weight has the shape \(\); expected 4 sizes"),
+        ("backbone.body.layer1.0.conv2.weight", (64, 0, 3, 3), r"conv2\.weight has the shape \(64, 0, 3, 3\)"),
+    ],
+)
+def test_misshapen_tensors_are_named(
+    meta_state: dict[str, Tensor], name: str, shape: tuple[int, ...], message: str
+) -> None:
+    assert name in meta_state
+    with pytest.raises(InputError, match=rf"x\.pth: .*{message}"):
+        convert(meta_state | {name: torch.zeros(shape)})
+
+
+def test_a_detector_without_a_class_is_refused(meta_state: dict[str, Tensor]) -> None:
+    rows = {"cls_score": 1, "bbox_pred": 4}
+    one = {k: v[: rows[k.split(".")[2]]] if "roi_heads.box_predictor" in k else v for k, v in meta_state.items()}
+    with pytest.raises(InputError, match=r"x\.pth: its one label is the background"):
+        convert(one)
+
+
+def test_remark_that_the_settings_of_detection_are_not_in_the_file(meta_state: dict[str, Tensor]) -> None:
+    assert any("no config" in remark for remark in convert(meta_state).remarks)
 
 
 def test_group_norm_is_refused() -> None:
