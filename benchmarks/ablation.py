@@ -185,7 +185,7 @@ ResNet-18 from scratch, steps of 8 images ({STEPS["rpn"]} in table 1, {STEPS["fa
 medium and large are COCO's (below 32², to 96², above, in pixels of area). The paper's numbers are ResNet-50 on COCO:
 compare the order of the rows and the sign of the differences, not the values.
 
-![Recall and precision by size, relative to FPN](ablation.png)
+![Recall and precision by object size, ours and the paper's](ablation.png)
 
 ## Table 1: region proposals, average recall
 
@@ -257,13 +257,14 @@ def draw_figure(results: dict[str, list[dict[str, float]]], path: Path) -> None:
                         ecolor="#555555",
                         label=size if i == 0 else None,
                     )
-            axis.set_xticks(range(len(variants)), [v.row.replace(" connections", "") for v in variants], fontsize=8)
+            labels = [v.row.partition(",")[0].replace(") ", ")\n").replace(" connections", "") for v in variants]
+            axis.set_xticks(range(len(variants)), labels, fontsize=9)
             axis.set_title(f"{'RPN' if column == 0 else 'Faster R-CNN'}: {unit} by size, {source}", fontsize=10)
             axis.set_ylabel(f"{unit} (%)")
             axis.grid(axis="y", alpha=0.3)
             axis.spines[["top", "right"]].set_visible(False)
-    axes[0, 0].legend(frameon=False, ncols=3, loc="upper left")
-    figure.tight_layout()
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), frameon=False, ncols=3, loc="upper center")
+    figure.tight_layout(rect=(0, 0, 1, 0.96))
     figure.savefig(path, dpi=110)
     plt.close(figure)
 

@@ -61,7 +61,7 @@ def resnet_architecture(tensors: Mapping[str, Tensor], *, source: Path | str = "
 
 
 def shape_of(tensors: Mapping[str, Tensor], *names: str, ndim: int, source: Path | str) -> tuple[int, ...]:
-    """The shape of the first of `names` that is there, of `ndim` sizes above 0.
+    """The shape of the first of `names` that is there: `ndim` sizes, none of them 0.
 
     Raises:
         InputError: none is there, or its shape is another.
@@ -70,9 +70,10 @@ def shape_of(tensors: Mapping[str, Tensor], *names: str, ndim: int, source: Path
         if name in tensors:
             shape = tuple(tensors[name].shape)
             if len(shape) != ndim or 0 in shape:
-                raise InputError(f"{source}: {name} has the shape {shape}; expected {ndim} sizes above 0. Is it whole?")
+                raise InputError(f"{source}: {name} has the shape {shape}; expected a {ndim}-dimensional one without 0")
             return shape
-    raise InputError(f"{source}: no model of this kind can do without {names[0]} (our name). Is it complete?")
+    wanted = " or ".join(names)
+    raise InputError(f"{source}: no model of this kind can do without {wanted} (our names). Is it complete?")
 
 
 def _count(tensors: Mapping[str, Tensor], layer: int) -> int:

@@ -39,7 +39,7 @@ def test_misshapen_and_missing_tensors_of_a_body_are_named() -> None:
         body = torchvision.models.resnet18().state_dict()
     with pytest.raises(InputError, match=r"file\.pth: layer1\.0\.conv2\.weight has the shape \(64, 0, 3, 3\)"):
         resnet_architecture(body | {"layer1.0.conv2.weight": torch.zeros(64, 0, 3, 3)}, source="file.pth")
-    with pytest.raises(InputError, match=r"file\.pth: conv1\.weight has the shape \(64,\); expected 4"):
+    with pytest.raises(InputError, match=r"file\.pth: conv1\.weight has the shape \(64,\); expected a 4-dim"):
         resnet_architecture(body | {"conv1.weight": torch.zeros(64)}, source="file.pth")
     del body["conv1.weight"]
     with pytest.raises(InputError, match=r"file\.pth: no model of this kind can do without conv1\.weight"):

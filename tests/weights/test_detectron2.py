@@ -239,6 +239,8 @@ def test_older_files_carry_pixel_statistics_and_anchors() -> None:
     grey = {"pixel_mean": torch.full((3, 1, 1), 127.5), "pixel_std": torch.ones(3, 1, 1)}
     with pytest.raises(InputError, match=r"pixel_mean \(127.5, 127.5, 127.5\) does not tell BGR from RGB"):
         convert(weight_file({**r50(), **grey}))
+    with pytest.raises(InputError, match=r"no known layer: proposal_generator.anchor_generator.cell_anchors.5"):
+        convert(weight_file({**r50(), "proposal_generator.anchor_generator.cell_anchors.5": torch.zeros(3, 4)}))
     cells["proposal_generator.anchor_generator.cell_anchors.2"] *= 2
     with pytest.raises(InputError, match=r"cell_anchors.2 is .* not the anchors"):
         convert(weight_file({**r50(), **cells}))

@@ -473,11 +473,11 @@ def test_class_agnostic_boxes_are_refused(meta_state: dict[str, Tensor]) -> None
 @pytest.mark.parametrize(
     ("name", "shape", "message"),
     [
-        ("roi_heads.box_predictor.cls_score.bias", (), r"cls_score\.bias has the shape \(\); expected 1 sizes"),
+        ("roi_heads.box_predictor.cls_score.bias", (), r"cls_score\.bias has the shape \(\); expected a 1-dimensional"),
         ("roi_heads.box_predictor.cls_score.weight", (90, 1024), r"cls_score\.weight has 90 rows for 91 labels"),
         ("roi_heads.box_predictor.bbox_pred.weight", (365, 1024), r"bbox_pred\.weight has 365 rows for 91 labels"),
-        ("roi_heads.box_head.fc6.weight", (1024,), r"fcs\.0\.weight has the shape \(1024,\); expected 2 sizes"),
-        ("backbone.fpn.inner_blocks.0.0.weight", (), r"neck\.lateral\.0\.weight has the shape \(\); expected 4 sizes"),
+        ("roi_heads.box_head.fc6.weight", (1024,), r"fcs\.0\.weight has the shape \(1024,\); expected a 2-dimensional"),
+        ("backbone.fpn.inner_blocks.0.0.weight", (), r"neck\.lateral\.0\.weight has the shape \(\); expected a 4-dim"),
         ("backbone.body.layer1.0.conv2.weight", (64, 0, 3, 3), r"conv2\.weight has the shape \(64, 0, 3, 3\)"),
     ],
 )
