@@ -15,10 +15,33 @@ import torch
 import torchvision
 from torch import Tensor, nn
 from torchvision.models import resnet
-from torchvision.models.resnet import BasicBlock, Bottleneck
 
-from fpn_det.models.norms import Norm, norm_layer
+from fpn_det.models.norms import Norm, apply_conv_norm, norm_layer
 from fpn_det.structures import InputError
+
+
+class BasicBlock(resnet.BasicBlock):
+    """Two 3x3 convolutions; torchvision's, but for frozen norms, which are folded into the convolutions."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, h, w) -> (N, planes, h / stride, w / stride), rounded up."""
+        out = apply_conv_norm(self.conv1, self.bn1, x).relu_()
+        out = apply_conv_norm(self.conv2, self.bn2, out)
+        shortcut = x if self.downsample is None else apply_conv_norm(self.downsample[0], self.downsample[1], x)
+        return out.add_(shortcut).relu_()
+
+
+class Bottleneck(resnet.Bottleneck):
+    """Convolutions 1x1, 3x3, 1x1; torchvision's, but for frozen norms, which are folded into the convolutions."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, h, w) -> (N, 4 * planes, h / stride, w / stride), rounded up."""
+        out = apply_conv_norm(self.conv1, self.bn1, x).relu_()
+        out = apply_conv_norm(self.conv2, self.bn2, out).relu_()
+        out = apply_conv_norm(self.conv3, self.bn3, out)
+        shortcut = x if self.downsample is None else apply_conv_norm(self.downsample[0], self.downsample[1], x)
+        return out.add_(shortcut).relu_()
+
 
 BODIES: dict[str, dict[str, Any]] = {
     "resnet18": {"block": BasicBlock, "layers": [2, 2, 2, 2]},
@@ -78,7 +101,8 @@ class ResNet(nn.Module):
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """(N, 3, H, W) normalised images -> C2..C5, (N, channels[i], H / strides[i], W / strides[i]) rounded up."""
-        x = self.stem(images)
+        conv, norm, _, max_pool = self.stem
+        x = max_pool(apply_conv_norm(conv, norm, images).relu_())
         features = []
         for stage in self.stages:
             x = self.get_submodule(stage)(x)

@@ -1,3 +1,4 @@
+import copy
 from collections.abc import Callable
 
 import pytest
@@ -8,6 +9,7 @@ from torch.nn.functional import conv2d
 from torchvision.models.resnet import BasicBlock, Bottleneck
 from torchvision.ops import FrozenBatchNorm2d
 
+from fpn_det.models import backbone
 from fpn_det.models.backbone import BODIES, Layer4, ResNet, read_classifier
 from fpn_det.models.roi_head import Res5Head
 from fpn_det.structures import InputError
@@ -62,7 +64,7 @@ def test_every_body(name: str) -> None:
         features = body(torch.zeros(1, 3, 65, 97))
     stages = [body.layer1, body.layer2, body.layer3, body.layer4]
     assert [len(stage) for stage in stages] == blocks
-    assert {type(b) for stage in stages for b in stage} == {block}
+    assert all(type(b) is not block and isinstance(b, block) for stage in stages for b in stage)
     assert (body.layer1[0].conv2.groups, body.layer1[0].conv2.out_channels) == (groups, width)
     assert body.channels == tuple(channels // i for i in (8, 4, 2, 1))
     assert [f.shape[1] for f in features] == list(body.channels)
@@ -303,3 +305,30 @@ def test_failed_download(monkeypatch: pytest.MonkeyPatch, error: Exception) -> N
         InputError, match=rf"cannot download IMAGENET1K_V1 of resnet18 from https://.*{error}.*give its path"
     ):
         read_classifier("resnet18", "IMAGENET1K_V1")
+
+
+@pytest.mark.parametrize("block", [BasicBlock, Bottleneck])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_frozen_norms_folded_into_convolutions(block: type[BasicBlock | Bottleneck], stride: int) -> None:
+    """Outputs and gradients of torchvision's own blocks, in double precision."""
+    shortcut = nn.Sequential(
+        nn.Conv2d(8, 4 * block.expansion, 1, stride, bias=False), FrozenBatchNorm2d(4 * block.expansion)
+    )
+    theirs = block(8, 4, stride, shortcut, norm_layer=FrozenBatchNorm2d).double()
+    for module in theirs.modules():
+        if isinstance(module, FrozenBatchNorm2d):
+            for buffer in module.buffers():
+                nn.init.uniform_(buffer, 0.5, 1.5)
+    ours = {BasicBlock: backbone.BasicBlock, Bottleneck: backbone.Bottleneck}[block](
+        8, 4, stride, copy.deepcopy(shortcut), norm_layer=FrozenBatchNorm2d
+    ).double()
+    ours.load_state_dict(theirs.state_dict())
+    x = torch.randn(2, 8, 7, 9, dtype=torch.float64, requires_grad=True)
+    results = [module(x) for module in (ours, theirs)]
+    torch.testing.assert_close(*results)
+    grads = [
+        torch.autograd.grad(y.square().sum(), [x, *m.parameters()])
+        for y, m in zip(results, (ours, theirs), strict=True)
+    ]
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b)
