@@ -1,6 +1,11 @@
 """RoIAlign over a pyramid (arXiv 1612.03144, equation 1; RoIAlign: Mask R-CNN, arXiv 1703.06870, section 3).
 
-Dimensions: N images, S RoIs per image, C channels.
+RoIAlign is linear in the features, and separable: the mean over the sampling points of a bin is a sum over the cells
+that they touch, whose weights are the product of one weight per row and one per column. On a CPU that sum is an
+embedding bag over the cells of all levels at once, which runs on all threads, forward and backward, and reads each cell
+once where sampling points share it; NOTES.md has the figures.
+
+Dimensions: N images, S RoIs per image, R = N * S, C channels, B bins per side, T cells that a bin touches on one axis.
 """
 
 from __future__ import annotations
@@ -9,7 +14,11 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import embedding_bag
 from torchvision.ops import roi_align
+
+FAR_OUTSIDE = -1e5
+"""Where RoIs of other levels are moved: RoIAlign is 0 outside of the image."""
 
 
 class MultiLevelRoIAlign(nn.Module):
@@ -66,24 +75,115 @@ class MultiLevelRoIAlign(nn.Module):
             boxes: (N, S, 4) float32 XYXY in pixels of the padded image.
 
         Returns:
-            (N * S, C, output_size, output_size), image-major.
+            (N * S, C, output_size, output_size), image-major; float32, or float64 for such features.
+        """
+        features = [f.to(torch.promote_types(f.dtype, torch.float32)) for f in features[: len(self.strides)]]
+        boxes = boxes.to(features[0].dtype)
+        return self._sum_cells(features, boxes) if boxes.device.type == "cpu" else self._sum_levels(features, boxes)
+
+    def _sum_levels(self, features: Sequence[Tensor], boxes: Tensor) -> Tensor:
+        """The sum over the levels of RoIAlign on each, where RoIs of other levels give 0.
+
+        Which RoIs are on a level is known to the device only; to pool just those, the host would have to wait for it.
         """
         n, s = boxes.shape[:2]
-        image_index = torch.arange(n, device=boxes.device, dtype=boxes.dtype).repeat_interleave(s)
-        rois = torch.cat([image_index[:, None], boxes.reshape(-1, 4)], dim=1)
-        level = self.assign_levels(rois[:, 1:])
-        pooled, order = [], []
+        image_index = torch.arange(n, device=boxes.device, dtype=boxes.dtype)[:, None].expand(n, s)
+        level = self.assign_levels(boxes)
+        pooled = torch.zeros((), dtype=boxes.dtype, device=boxes.device)
         for i, stride in enumerate(self.strides):
-            on_level = (level == i).nonzero().squeeze(1)
-            order.append(on_level)
-            pooled.append(
-                roi_align(
-                    features[i],
-                    rois[on_level].to(torch.promote_types(features[i].dtype, torch.float32)),
-                    output_size=self.output_size,
-                    spatial_scale=1 / stride,
-                    sampling_ratio=self.sampling_ratio,
-                    aligned=self.aligned,
-                )
+            of_level = boxes.masked_fill((level != i)[:, :, None], FAR_OUTSIDE)
+            pooled = pooled + roi_align(
+                features[i],
+                torch.cat([image_index[:, :, None], of_level], dim=2).flatten(0, 1),
+                output_size=self.output_size,
+                spatial_scale=1 / stride,
+                sampling_ratio=self.sampling_ratio,
+                aligned=self.aligned,
             )
-        return torch.cat(pooled)[torch.cat(order).argsort()]
+        return pooled
+
+    def _sum_cells(self, features: Sequence[Tensor], boxes: Tensor) -> Tensor:
+        """The weighted sum of the cells that each bin touches."""
+        c = features[0].shape[1]
+        cells = torch.cat([f.permute(0, 2, 3, 1).reshape(-1, c) for f in features])
+        index, offsets, weights = self._bags([(f.shape[2], f.shape[3]) for f in features], boxes)
+        pooled = embedding_bag(index, cells, offsets, mode="sum", per_sample_weights=weights)
+        return pooled.view(-1, self.output_size, self.output_size, c).permute(0, 3, 1, 2)
+
+    @torch.no_grad()
+    def _bags(self, shapes: Sequence[tuple[int, int]], boxes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Which cells each bin touches, and their weights.
+
+        Args:
+            shapes: (h, w) of each level in cells.
+            boxes: as of `forward`.
+
+        Returns:
+            index: int32 into the cells of all levels, (level, image, row, column), bin after bin.
+            offsets: (R * B * B,) int32, where each bin begins in `index`.
+            weights: of `index`, of the type of `boxes`.
+        """
+        n, s = boxes.shape[:2]
+        boxes = boxes.flatten(0, 1)
+        level = self.assign_levels(boxes)
+        size = torch.tensor(shapes, dtype=torch.int32)
+        cells = n * size.prod(1)
+        height, width = size[level].unbind(1)
+        image = torch.arange(n, dtype=torch.int32).repeat_interleave(s)
+        start = (cells.cumsum(0) - cells).int()[level] + image * height * width
+
+        boxes = boxes / torch.tensor(self.strides, dtype=boxes.dtype)[level, None]
+        boxes = boxes - 0.5 if self.aligned else boxes
+        first_row, num_rows, row_weights = self._touched(boxes[:, 1], boxes[:, 3], height)
+        first_column, num_columns, column_weights = self._touched(boxes[:, 0], boxes[:, 2], width)
+
+        # Bags differ in length: element e of all lies in `bag[e]`, at `row[e]`, `column[e]` of its cells.
+        lengths = (num_rows[:, :, None] * num_columns[:, None, :]).flatten()
+        offsets = lengths.cumsum(0, dtype=torch.int32) - lengths
+        bag = torch.repeat_interleave(torch.arange(len(lengths), dtype=torch.int32), lengths)
+        within = torch.arange(len(bag), dtype=torch.int32) - offsets[bag]
+        row_bin = bag.div(self.output_size, rounding_mode="floor")  # of (R, B), as `first_row`
+        roi = row_bin.div(self.output_size, rounding_mode="floor")
+        column_bin = roi * self.output_size + bag.remainder(self.output_size)
+        columns = num_columns.flatten()[column_bin]
+        row = within.div(columns, rounding_mode="floor")
+        column = within - row * columns
+        corner = (
+            start[:, None, None] + first_row[:, :, None] * width[:, None, None] + first_column[:, None, :]
+        ).flatten()
+        index = corner[bag] + row * width[roi] + column
+        weights = row_weights[row_bin, row] * column_weights[column_bin, column]
+        return index, offsets, weights
+
+    def _touched(self, low: Tensor, high: Tensor, size: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The cells along one axis that the sampling points of each bin touch.
+
+        Args:
+            low, high: (R,) the RoIs' edges in cells.
+            size: (R,) cells of the level.
+
+        Returns:
+            first: (R, B) int32, the first cell.
+            num: (R, B) int32, how many follow from there.
+            weights: (R * B, T) their weights, which sum to 1 unless points lie outside of the level.
+        """
+        bin_size = (high - low).clamp(min=0 if self.aligned else 1) / self.output_size
+        num_points = torch.full_like(bin_size, self.sampling_ratio) if self.sampling_ratio else bin_size.ceil()
+        is_empty = (num_points == 0)[:, None, None]
+        num_points = num_points.clamp(min=1)[:, None, None]
+        bins = torch.arange(self.output_size, dtype=low.dtype)[:, None]
+        points = torch.arange(int(num_points.amax()) if len(low) else 1, dtype=low.dtype)
+        # Points beyond a RoI's number repeat its last one, with weight 0.
+        place = bins + (torch.minimum(points, num_points - 1) + 0.5) / num_points  # (R, B, points), in bins
+        position = low[:, None, None] + place * bin_size[:, None, None]
+        end = size[:, None, None].to(low.dtype)
+        counts = (points < num_points) & (position >= -1) & (position <= end) & ~is_empty
+        position = torch.minimum(position.clamp(min=0), end - 1)
+
+        first = position[:, :, :1].floor()
+        last = torch.minimum(position[:, :, -1:].floor() + 1, end - 1)
+        num = (last - first).int().squeeze(2) + 1
+        cells = torch.arange(int(num.max()) if len(low) else 1, dtype=low.dtype)
+        distance = ((position - first)[:, :, None] - cells[:, None]).abs_()  # (R, B, T, points)
+        weights = ((1 - distance).clamp_(min=0) * counts[:, :, None]).sum(3) / num_points
+        return first.int().squeeze(2), num, weights.flatten(0, 1)

@@ -2,6 +2,8 @@ import math
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 from torchvision.ops import roi_align
 from torchvision.ops.poolers import LevelMapper
@@ -54,7 +56,9 @@ def test_canonical_level_and_size() -> None:
 
 @pytest.mark.parametrize("aligned", [True, False])
 @pytest.mark.parametrize("sampling_ratio", [0, 2])
-def test_equals_one_call_per_box(aligned: bool, sampling_ratio: int) -> None:
+@pytest.mark.parametrize("way", ["_sum_cells", "_sum_levels"])
+def test_equals_one_call_per_box(aligned: bool, sampling_ratio: int, way: str) -> None:
+    """The way of the CPU and that of the GPU."""
     torch.manual_seed(1)
     pooler = MultiLevelRoIAlign(
         strides=STRIDES, output_size=5, sampling_ratio=sampling_ratio, aligned=aligned, canonical_size=56
@@ -64,7 +68,7 @@ def test_equals_one_call_per_box(aligned: bool, sampling_ratio: int) -> None:
     levels = pooler.assign_levels(boxes)
     assert levels.unique().tolist() == [0, 1, 2, 3]
     maps = features()
-    pooled = pooler(maps, boxes).view(2, 30, 3, 5, 5)
+    pooled = getattr(pooler, way)(maps, boxes).view(2, 30, 3, 5, 5)
     for i in range(2):
         for j in range(30):
             level = int(levels[i, j])
@@ -77,6 +81,61 @@ def test_equals_one_call_per_box(aligned: bool, sampling_ratio: int) -> None:
                 aligned=aligned,
             )
             torch.testing.assert_close(pooled[i, j], expected[0])
+
+
+@pytest.mark.parametrize("way", ["_sum_cells", "_sum_levels"])
+@given(
+    seed=st.integers(0, 2**32),
+    aligned=st.booleans(),
+    sampling_ratio=st.integers(0, 3),
+    output_size=st.integers(1, 4),
+    channels_last=st.booleans(),
+)
+def test_equals_roi_align(
+    way: str, seed: int, aligned: bool, sampling_ratio: int, output_size: int, channels_last: bool
+) -> None:
+    """Boxes of any size anywhere, empty, outside, larger than the image; with the gradient, in double."""
+    torch.manual_seed(seed)
+    options = {"output_size": output_size, "sampling_ratio": sampling_ratio, "aligned": aligned}
+    pooler = MultiLevelRoIAlign(strides=(4, 8), canonical_size=448, **options)
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    maps = [torch.randn(2, 3, h, w, dtype=torch.float64) for h, w in ((5, 7), (3, 4))]
+    maps = [f.contiguous(memory_format=memory_format).requires_grad_() for f in maps]
+    center, size = torch.rand(2, 6, 2) * 60 - 15, (torch.randn(2, 6, 2).exp() * 20 - 3).clamp(min=0)
+    boxes = torch.cat([center - size / 2, center + size / 2], -1).double()
+    boxes[0, 0, 2:] = boxes[0, 0, :2]
+    boxes[1, 1] = torch.tensor([0.0, 0, 28, 20])
+    pooled = getattr(pooler, way)(maps, boxes)
+    level = pooler.assign_levels(boxes)
+    expected = torch.stack(
+        [
+            roi_align(maps[k][i : i + 1], [boxes[i, j : j + 1]], spatial_scale=1 / (4 << k), **options)[0]
+            for i in range(2)
+            for j in range(6)
+            for k in [int(level[i, j])]
+        ]
+    )
+    torch.testing.assert_close(pooled, expected)
+    grad = torch.randn(expected.shape, dtype=torch.float64)
+    for ours, theirs in zip(
+        torch.autograd.grad(pooled, maps, grad, allow_unused=True, materialize_grads=True),
+        torch.autograd.grad(expected, maps, grad, allow_unused=True, materialize_grads=True),
+        strict=True,
+    ):
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_geometry_is_float32_under_autocast(dtype: torch.dtype) -> None:
+    """Beyond 256 pixels bfloat16 cannot tell neighbouring pixels apart."""
+    ramp = torch.arange(400.0).expand(1, 1, 4, 400).to(dtype)
+    pooler = MultiLevelRoIAlign(strides=(4,), output_size=1)
+    boxes = torch.tensor([[[1201.0, 2, 1207, 8], [1203.0, 2, 1209, 8]]])
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+        pooled = pooler([ramp], boxes)
+    assert pooled.dtype == torch.float32
+    # Sampling points 300.125 and 300.875 of the first box, 300.625 and 301.375 of the second; bfloat16 has no 301.
+    assert pooled.flatten().tolist() == ([300.5, 301.0] if dtype == torch.float32 else [300.0, 300.375])
 
 
 @pytest.mark.parametrize(("aligned", "offset"), [(True, 0.5), (False, 0.0)])
