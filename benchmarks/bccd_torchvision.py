@@ -13,7 +13,6 @@ import json
 import time
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,12 +30,13 @@ from fpn_det.build import (
     build_schedule,
     build_train_loader,
     build_val_loader,
+    load_ground_truth,
     load_train_data,
     load_val_data,
     num_steps,
 )
 from fpn_det.config import Config, ConvFcConfig, FpnConfig, load_config
-from fpn_det.engine.coco_eval import format_table, score
+from fpn_det.engine.coco_eval import ScoredBoxes, format_table, score, write_results
 from fpn_det.engine.evaluate import to_coco_results
 from fpn_det.structures import Batch, Categories, Detections
 
@@ -87,17 +87,17 @@ def images_and_targets(batch: Batch) -> tuple[list[Tensor], list[dict[str, Tenso
 
 
 @torch.no_grad()
-def detect(model: FasterRCNN, batches: Iterable[Batch], categories: Categories) -> list[dict[str, Any]]:
-    """COCO-format results in the frame of the original images."""
+def detect(model: FasterRCNN, batches: Iterable[Batch], categories: Categories) -> ScoredBoxes:
+    """COCO results in the frame of the original images."""
     model.eval()
-    results = []
+    image_ids, detections = [], []
     for batch in batches:
         images, _ = images_and_targets(batch)
         for i, output in enumerate(model(images)):
             boxes = rescale(output["boxes"], batch.sizes[i], batch.original_sizes[i])
-            found = Detections(boxes=boxes, scores=output["scores"], labels=output["labels"] - 1)
-            results += to_coco_results(int(batch.image_ids[i]), found, categories)
-    return results
+            detections.append(Detections(boxes=boxes, scores=output["scores"], labels=output["labels"] - 1))
+            image_ids.append(int(batch.image_ids[i]))
+    return to_coco_results(image_ids, detections, categories)
 
 
 def main() -> None:
@@ -134,10 +134,10 @@ def main() -> None:
     seconds = time.perf_counter() - start
 
     results = detect(model, build_val_loader(config, test), test.categories)
-    metrics = score(config.data.val.annotations, results)
+    metrics = score(load_ground_truth(config), results)
     print(format_table(metrics))
     torch.save(model.state_dict(), args.output_dir / "final.pth")
-    (args.output_dir / "predictions.json").write_text(json.dumps(results))
+    write_results(args.output_dir / "predictions.json", results)
     (args.output_dir / "metrics.json").write_text(json.dumps({**metrics, "train_seconds": seconds}, indent=2))
 
 

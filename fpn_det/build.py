@@ -32,7 +32,7 @@ from fpn_det.data.loader import DetectionDataset, TestSampler, TrainSampler, mak
 from fpn_det.data.proposals import FixedProposals, read_proposals
 from fpn_det.data.transforms import TestTransform, TrainTransform
 from fpn_det.engine.checkpoint import State, best_weights, checkpoint_categories, load_checkpoint, load_weights
-from fpn_det.engine.coco_eval import Metrics, ProposalMetrics, read_ground_truth
+from fpn_det.engine.coco_eval import GroundTruth, Metrics, ProposalMetrics, ScoredBoxes, read_ground_truth
 from fpn_det.engine.distributed import Process
 from fpn_det.engine.evaluate import View, evaluate, evaluate_proposals
 from fpn_det.engine.optim import lr_factor, make_optimizer, scaled_lr
@@ -40,6 +40,7 @@ from fpn_det.models.anchors import Anchors
 from fpn_det.models.backbone import ResNet, read_classifier
 from fpn_det.models.faster_rcnn import Detector, FasterRCNN, FastRCNN, ProposalNetwork
 from fpn_det.models.fpn import FPN, PAFPN, SingleLevel
+from fpn_det.models.norms import fold_frozen_norms
 from fpn_det.models.roi_head import CascadeRoIHead, ConvFCHead, Res5Head, RoIHead
 from fpn_det.models.roi_pool import MultiLevelRoIAlign
 from fpn_det.models.rpn import RPN, RPNHead, UnsharedRPNHead
@@ -73,14 +74,20 @@ def load_val_data(config: Config) -> CocoAnnotations:
     """The validation annotations: every image, with or without boxes.
 
     Raises:
-        InputError: what `load_coco` raises, what the evaluation would refuse after the training, or a contradicting
-            `data.val.proposals`.
+        InputError: what `load_coco` raises, or a contradicting `data.val.proposals`.
     """
     check_proposals(config, "val")
     split = config.data.val
-    data = load_coco(split.annotations, split.images, on_error="drop")
-    read_ground_truth(split.annotations)
-    return data
+    return load_coco(split.annotations, split.images, on_error="drop")
+
+
+def load_ground_truth(config: Config) -> GroundTruth:
+    """What the evaluation compares with, read once per run; before the training, because it may be refused.
+
+    Raises:
+        InputError: what `read_ground_truth` raises.
+    """
+    return read_ground_truth(config.data.val.annotations)
 
 
 def check_num_classes(config: Config, categories: Categories) -> Categories:
@@ -244,6 +251,7 @@ def build_optimizer(config: Config, model: nn.Module) -> torch.optim.Optimizer:
         momentum=config.optim.momentum,
         weight_decay=config.optim.weight_decay,
         norm_weight_decay=config.optim.norm_weight_decay,
+        fused=config.runtime.fused_optimizer,
     )
 
 
@@ -299,8 +307,21 @@ def build_model(config: Config, num_classes: int, *, pretrained: bool) -> Detect
             assert_never(model.kind)
 
 
+def place(config: Config, model: Detector, device: torch.device) -> Detector:
+    """Move a detector to where and how it computes (`runtime`); its parameters stay the same objects."""
+    memory_format = torch.channels_last if config.runtime.channels_last else torch.preserve_format
+    model.to(device, memory_format=memory_format)  # type: ignore[call-overload]
+    if device.type == "cuda":
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.runtime.tf32
+    if config.runtime.compile:
+        parts = [model.backbone, model.neck, *([] if isinstance(model, FastRCNN) else [model.rpn.head])]
+        for part in parts:
+            part.compile(dynamic=True)  # one graph for all sizes of images
+    return model
+
+
 def load_detector(config: Config, path: Path, device: torch.device) -> tuple[Detector, State]:
-    """A trained detector on `device`, with the checkpoint that it comes from.
+    """A trained detector on `device`, only to detect with, and the checkpoint that it comes from.
 
     Raises:
         InputError: the checkpoint cannot be read, or is of other classes or another architecture than the config.
@@ -309,7 +330,12 @@ def load_detector(config: Config, path: Path, device: torch.device) -> tuple[Det
     num_classes = len(check_num_classes(config, checkpoint_categories(state)))
     model = build_model(config, num_classes, pretrained=False)
     load_weights(model, best_weights(state), path)
-    return model.to(device), state
+    fold_frozen_norms(model)
+    if config.train.precision == "bf16":  # autocast would do it for every batch
+        for module in model.modules():
+            if isinstance(module, nn.Conv2d | nn.Linear):
+                module.to(torch.bfloat16)
+    return place(config, model.eval(), device), state
 
 
 def build_backbone(config: Config) -> ResNet:
@@ -488,15 +514,16 @@ def evaluate_model(
     config: Config,
     model: Detector,
     views: Iterable[View],
+    truth: GroundTruth,
     categories: Categories,
     *,
     process: Process,
-) -> tuple[Metrics, list[dict[str, Any]]] | None:
+) -> tuple[Metrics, ScoredBoxes] | None:
     """Metrics and detections of `model` on the validation images (collective); see `engine.evaluate.evaluate`."""
     return evaluate(
         model,
         views,
-        annotations=config.data.val.annotations,
+        truth=truth,
         categories=categories,
         backend=config.eval.backend,
         nms_thresh=config.model.roi_head.nms_thresh,
@@ -507,13 +534,13 @@ def evaluate_model(
 
 
 def evaluate_model_proposals(
-    config: Config, model: Detector, batches: DataLoader[Sample], *, process: Process
+    config: Config, model: Detector, batches: DataLoader[Sample], truth: GroundTruth, *, process: Process
 ) -> ProposalMetrics | None:
     """Recall of the proposals of `model` on the validation images (collective)."""
     return evaluate_proposals(
         model,
         batches,
-        annotations=config.data.val.annotations,
+        truth=truth,
         backend=config.eval.backend,
         precision=config.train.precision,
         process=process,

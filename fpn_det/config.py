@@ -607,8 +607,9 @@ class TtaConfig(Section):
 class EvalConfig(Section):
     """Evaluation during and after training."""
 
-    backend: Literal["pycocotools", "hotcoco"] = "pycocotools"
-    """Which implementation of the COCO metrics computes the numbers."""
+    backend: Literal["hotcoco", "pycocotools"] = "hotcoco"
+    """Which implementation of the COCO metrics computes the numbers: hotcoco is the faster one, pycocotools the
+    reference. The numbers are the same to the last bit."""
     batch_size: Count = 8
     """Images per forward pass and process."""
     every: NonNegativeInt | None = None
@@ -618,6 +619,20 @@ class EvalConfig(Section):
     tta: TtaConfig | None = None
     """Test-time augmentation of tools/eval.py and tools/predict.py; none looks at each image once, as training does
     in any case. A section with all defaults is `tta: {}`."""
+
+
+class RuntimeConfig(Section):
+    """How the work is done, not what: results differ by rounding at most. docs/performance.md has the figures."""
+
+    channels_last: bool = True
+    """Keep the channels of a pixel together in memory, as the convolutions of CPUs and of tensor cores want them."""
+    compile: bool = False
+    """Compile backbone, neck and RPN head with torch.compile: up to a minute before the first step, once for all image
+    sizes, and once more for another mode or a batch of one. Needs a C++ compiler, on GPUs Triton."""
+    fused_optimizer: bool = True
+    """Update all weights in one kernel."""
+    tf32: bool = True
+    """Let GPUs multiply float32 matrices and convolve with 10 bits of mantissa; CPUs do not."""
 
 
 class Config(Section):
@@ -637,6 +652,8 @@ class Config(Section):
     """Length and bookkeeping of the run."""
     eval: EvalConfig = EvalConfig()
     """Evaluation."""
+    runtime: RuntimeConfig = RuntimeConfig()
+    """How the work is done."""
 
     @model_validator(mode="after")
     def _views_have_detections(self) -> Self:

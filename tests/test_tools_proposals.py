@@ -148,7 +148,7 @@ def test_a_second_stage_trains_and_detects_on_them(tool, tiny, fast_rcnn, traine
     config = config_of(fast_rcnn)
     model = build.build_model(config, len(CATEGORIES), pretrained=False)
     model.load_state_dict(load_checkpoint(folder / "final.pth")["model"])
-    model.eval()
+    model.eval().roi_head.score_thresh = 0
     loader = build.build_val_loader(config, build.load_val_data(config))
     samples = [loader.dataset[0, 0], loader.dataset[1, 0]]
     assert all(len(found) for found in model.predict(collate(samples)))

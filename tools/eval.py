@@ -20,7 +20,15 @@ from fpn_det.cli import config_parser, user_errors
 from fpn_det.config import Config, load_config
 from fpn_det.data.coco import format_problems
 from fpn_det.engine import checkpoint
-from fpn_det.engine.coco_eval import Metrics, ProposalMetrics, format_proposal_table, format_table, read_results, score
+from fpn_det.engine.coco_eval import (
+    Metrics,
+    ProposalMetrics,
+    format_proposal_table,
+    format_table,
+    read_results,
+    score,
+    write_results,
+)
 from fpn_det.engine.distributed import Process, launched_process
 from fpn_det.structures import InputError
 
@@ -41,7 +49,7 @@ def main() -> None:
         folder = args.output_dir or (args.checkpoint or args.predictions).parent
         if args.predictions:
             metrics = score(
-                config.data.val.annotations,
+                build.load_ground_truth(config),
                 read_results(args.predictions),
                 backend=config.eval.backend,
                 max_detections=config.model.roi_head.detections_per_image,
@@ -58,7 +66,7 @@ def main() -> None:
 def evaluate_checkpoint(config: Config, path: Path, folder: Path, *, proposals: bool, process: Process) -> None:
     """Detect, or propose, on the validation images and report."""
     model, state = build.load_detector(config, path, process.device)
-    data = build.load_val_data(config)
+    data, truth = build.load_val_data(config), build.load_ground_truth(config)
     checkpoint.check_categories(state, path, data.categories, data.source)
     if process.is_main:
         print(data.summary())
@@ -66,18 +74,18 @@ def evaluate_checkpoint(config: Config, path: Path, folder: Path, *, proposals: 
             print(format_problems(data.problems))
     if proposals:
         batches = build.build_val_loader(config, data, process=process)
-        recalls = build.evaluate_model_proposals(config, model, batches, process=process)
+        recalls = build.evaluate_model_proposals(config, model, batches, truth, process=process)
         if recalls is not None:
             name = "metrics" if config.model.kind == "rpn" else "proposal_metrics"
             report(recalls, format_proposal_table(recalls), folder / f"{name}.json", step=state["step"])
         return
     views = build.build_val_views(config, data, process=process)
-    evaluated = build.evaluate_model(config, model, views, data.categories, process=process)
+    evaluated = build.evaluate_model(config, model, views, truth, data.categories, process=process)
     if evaluated is not None:
         metrics, results = evaluated
         prefix = "" if config.eval.tta is None else "tta_"  # what training wrote stays
         report(metrics, format_table(metrics), folder / f"{prefix}metrics.json", step=state["step"])
-        (folder / f"{prefix}predictions.json").write_text(json.dumps(results))
+        write_results(folder / f"{prefix}predictions.json", results)
 
 
 def report(metrics: Metrics | ProposalMetrics, table: str, path: Path, *, step: int | None = None) -> None:

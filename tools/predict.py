@@ -75,7 +75,8 @@ def predict(config: Config, checkpoint_path: Path, source: Path, folder: Path, *
         found = merge_views(views, nms_thresh=head.nms_thresh, top_k=head.detections_per_image)
         picture = draw_detections(image, found, categories.names, score_thresh=score_thresh)
         Image.fromarray(picture.permute(1, 2, 0).numpy()).save(folder / f"{path.name}.png")
-        records += [{**r, "file_name": path.name} for r in to_coco_results(image_id, found, categories)]
+        results = to_coco_results([image_id], [found], categories)
+        records += [{**r, "file_name": path.name} for r in results.records()]
     (folder / "predictions.json").write_text(json.dumps(records))
     drawn = sum(r["score"] >= score_thresh for r in records)
     print(

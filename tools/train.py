@@ -1,6 +1,6 @@
 """Train a detector.
 
-    python tools/train.py --config configs/r50_fpn.yaml [--output-dir D] [--resume] [key=value ...]
+    python tools/train.py --config configs/r50_fpn.yaml [--output-dir D] [--resume] [--profile] [key=value ...]
     torchrun --nproc-per-node 8 tools/train.py --config configs/r50_fpn.yaml
 
 Writes to runs/NAME (or D): config.yaml, log.txt, log.jsonl, tensorboard/, checkpoints, predictions.json and
@@ -12,6 +12,7 @@ from __future__ import annotations
 import difflib
 import json
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +31,14 @@ from fpn_det.engine.coco_eval import (
     PROPOSAL_METRIC_NAMES,
     Metrics,
     ProposalMetrics,
+    ScoredBoxes,
     format_proposal_table,
     format_table,
+    write_results,
 )
 from fpn_det.engine.distributed import Process, launched_process
 from fpn_det.engine.evaluate import View, from_coco_results
+from fpn_det.engine.profile import StepProfiler
 from fpn_det.engine.runlog import RunLog
 from fpn_det.engine.train import train
 from fpn_det.models.faster_rcnn import Detector
@@ -46,6 +50,9 @@ def main() -> None:
     parser = config_parser(__doc__)
     parser.add_argument("--output-dir", type=Path, help="folder of the run (default: runs/NAME)")
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint, if there is one")
+    parser.add_argument(
+        "--profile", action="store_true", help="profile ten steps: the top operators in the log, trace.json.gz"
+    )
     parser.add_argument("--print-config", action="store_true", help="print the resolved config and exit")
     args = parser.parse_intermixed_args()
     with user_errors():
@@ -55,18 +62,20 @@ def main() -> None:
             return
         folder = args.output_dir or Path("runs") / config.name
         with launched_process() as process:
-            run(config, folder, resume=args.resume, process=process)
+            run(config, folder, resume=args.resume, profile=args.profile, process=process)
 
 
-def run(config: Config, folder: Path, *, resume: bool, process: Process) -> None:
+def run(config: Config, folder: Path, *, resume: bool, profile: bool = False, process: Process) -> None:
     """One training run in `folder`, from the data to metrics.json."""
     state = open_run(folder, resume=resume)
     train_data, val_data = build.load_train_data(config), build.load_val_data(config)
+    truth = build.load_ground_truth(config)
     check_same_categories(train_data, val_data)
     categories = train_data.categories
     num_steps = build.num_steps(config, len(train_data))
     torch.manual_seed(config.seed)
-    model = build.build_model(config, len(categories), pretrained=state is None).to(process.device)
+    model = build.build_model(config, len(categories), pretrained=state is None)
+    build.place(config, model, process.device)
     has_sync_bn = any(isinstance(module, torch.nn.SyncBatchNorm) for module in model.modules())
     if has_sync_bn and process.world_size > 1 and process.device.type == "cpu":
         raise InputError("the norm sync_bn works over GPUs only; on CPUs use bn or gn")
@@ -87,7 +96,7 @@ def run(config: Config, folder: Path, *, resume: bool, process: Process) -> None
         if ema is not None:
             checkpoint.load_weights(ema.module, state.get("ema") or state["model"], source)
             ema.n_averaged.fill_(start_step)
-    detector: Detector = ema.module if ema is not None else model  # type: ignore[assignment]
+    detector: Detector = build.place(config, ema.module, process.device) if ema is not None else model  # type: ignore[arg-type]
 
     if process.is_main:
         folder.mkdir(parents=True, exist_ok=True)
@@ -98,7 +107,11 @@ def run(config: Config, folder: Path, *, resume: bool, process: Process) -> None
     best, headline = folder / "best.pth", "AR1000" if proposals_only else "AP"
     best_value = checkpoint.load_checkpoint(best).get(headline, -1.0) if process.is_main and best.exists() else -1.0
 
-    with RunLog(folder if process.is_main else None, start_step=start_step, num_steps=num_steps) as log:
+    with ExitStack() as stack:
+        log = stack.enter_context(
+            RunLog(folder if process.is_main else None, start_step=start_step, num_steps=num_steps)
+        )
+        profiler = stack.enter_context(StepProfiler(folder, log)) if profile and process.is_main else None
         for data in (train_data, val_data):
             log.message(data.summary())
             if data.problems:
@@ -125,12 +138,12 @@ def run(config: Config, folder: Path, *, resume: bool, process: Process) -> None
         def evaluate_at(step: int) -> None:
             process.share_buffers(detector)
             if proposals_only:
-                recalls = build.evaluate_model_proposals(config, detector, val_loader, process=process)
+                recalls = build.evaluate_model_proposals(config, detector, val_loader, truth, process=process)
                 if recalls is not None:
                     record(step, recalls, PROPOSAL_METRIC_NAMES, format_proposal_table(recalls))
                 return
             views = [View(batches=val_loader)]
-            evaluated = build.evaluate_model(config, detector, views, categories, process=process)
+            evaluated = build.evaluate_model(config, detector, views, truth, categories, process=process)
             if evaluated is None:
                 return
             metrics, results = evaluated
@@ -138,7 +151,7 @@ def run(config: Config, folder: Path, *, resume: bool, process: Process) -> None
             for index in pictures:
                 log.image(step, f"val/{index}", draw_validation(val_data, index, results))
             if step == num_steps:
-                (folder / "predictions.json").write_text(json.dumps(results))
+                write_results(folder / "predictions.json", results)
 
         def record(step: int, metrics: Metrics | ProposalMetrics, names: Sequence[str], table: str) -> None:
             nonlocal best_value
@@ -170,6 +183,7 @@ def run(config: Config, folder: Path, *, resume: bool, process: Process) -> None
                 precision=config.train.precision,
                 clip_norm=config.optim.clip_norm,
                 ema=ema,
+                profiler=profiler,
                 log_every=config.train.log_every,
                 save_every=build.interval(config.train.save_every, num_steps),
                 evaluate_every=build.interval(config.eval.every, num_steps),
@@ -222,11 +236,11 @@ def changes(before: str, after: str) -> str:
     return "\n".join(line for line in lines if line.startswith(("-", "+")))
 
 
-def draw_validation(data: CocoAnnotations, index: int, results: list[dict]) -> torch.Tensor:
+def draw_validation(data: CocoAnnotations, index: int, results: ScoredBoxes) -> torch.Tensor:
     """Ground truth and detections of one validation image, side by side."""
     h, w = data.sizes[index].tolist()
-    image_id = int(data.image_ids[index])
-    detections = from_coco_results([r for r in results if r["image_id"] == image_id], data.categories)
+    of_image = results.image_ids == int(data.image_ids[index])
+    detections = from_coco_results(results[of_image], data.categories)
     boxes, labels = data.targets(index)
     return draw_comparison(load_image(data.path(index), (h, w)), detections, boxes, labels, data.categories.names)
 

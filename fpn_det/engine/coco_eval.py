@@ -1,4 +1,4 @@
-"""COCO's box metrics and the recall of proposals: a ground-truth file and boxes in, numbers out.
+"""COCO's box metrics and the recall of proposals: ground truth and boxes in, numbers out.
 
 Two evaluators do the matching: pycocotools, the reference, and hotcoco, the same algorithm in Rust and many times
 faster. Both receive the same cleaned copy of the ground truth, so that they agree to the last bit on files that one
@@ -7,10 +7,15 @@ of them would reject or read differently:
 - `area` (COCO: the mask's) and `iscrowd` are filled from the box and with 0 where they are missing;
 - annotations are numbered from 1: pycocotools takes the id 0 for "unmatched" and would count such a box as missed,
   and of annotations that share an id it keeps the last only;
+- images and categories are numbered from 1 in the order of their ids: the arrays that hotcoco reads hold ids as
+  float64, which cannot tell all int64 apart;
 - results of unknown images or categories are refused: pycocotools stops at the first and passes over the second,
   hotcoco passes over both.
 
-Dimensions: T IoU thresholds (0.50, 0.55 .. 0.95), R recall thresholds, K classes, A area ranges, M detection limits.
+Boxes stay arrays from the model to hotcoco: handling half a million records in Python would take longer than the rest.
+
+Dimensions: I images, G ground-truth boxes, B detections or proposals of all images, K classes, T IoU thresholds
+(0.50, 0.55 .. 0.95), R recall thresholds, A area ranges, M detection limits.
 """
 
 from __future__ import annotations
@@ -20,8 +25,9 @@ import io
 import json
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, TypedDict
 
@@ -93,31 +99,79 @@ class ProposalMetrics(TypedDict):
     ARl100: float
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ScoredBoxes:
-    """Class-agnostic boxes of a whole data set: arrays, because COCO's validation images have 5 million proposals.
-
-    Dimension: B boxes, those of an image anywhere among them; of equal scores the first counts first.
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class GroundTruth:
+    """What box evaluation needs of a COCO file; `read_ground_truth` makes it, once per run.
 
     Attributes:
-        boxes: (B, 4) float32, XYXY in pixels of the original image.
-        scores: (B,) float32.
-        image_ids: (B,) int64, the data set's own ids.
+        source: the file.
+        image_ids: (I,) int64, the data set's own ids, ascending.
+        category_ids: (K,) int64, the data set's own ids, ascending.
+        names: K class names, with the id appended where several classes share one.
+        boxes: (G, 4) float64, (x, y, width, height) in pixels, in the order of the file.
+        areas: (G,) float64, square pixels.
+        crowd: (G,) bool.
+        images: (G,) int64, the place of each box's image in `image_ids`.
+        classes: (G,) int64, the place of each box's class in `category_ids`.
     """
 
-    boxes: NDArray[np.float32]
-    scores: NDArray[np.float32]
+    source: Path
     image_ids: NDArray[np.int64]
+    category_ids: NDArray[np.int64]
+    names: tuple[str, ...]
+    boxes: NDArray[np.float64]
+    areas: NDArray[np.float64]
+    crowd: NDArray[np.bool_]
+    images: NDArray[np.int64]
+    classes: NDArray[np.int64]
 
 
-def read_results(path: Path) -> list[dict[str, Any]]:
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class ScoredBoxes:
+    """Detections or proposals of a whole data set.
+
+    Those of an image may stand anywhere among them; of equal scores the first counts first.
+
+    Attributes:
+        boxes: (B, 4) float32 or float64, (x, y, width, height) in pixels of the original image.
+        scores: (B,) float32 or float64.
+        image_ids: (B,) int64, the data set's own ids.
+        category_ids: (B,) int64, the data set's own ids; zeros for proposals, which are of no class.
+    """
+
+    boxes: NDArray[np.floating[Any]]
+    scores: NDArray[np.floating[Any]]
+    image_ids: NDArray[np.int64]
+    category_ids: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.scores)
+
+    def __getitem__(self, rows: NDArray[Any]) -> ScoredBoxes:
+        """The boxes that a mask (B,) selects, or those at the given places, in that order."""
+        return ScoredBoxes(**{f.name: getattr(self, f.name)[rows] for f in fields(self)})
+
+    def records(self) -> list[dict[str, Any]]:
+        """The same in the form of COCO's results files: {image_id, category_id, bbox, score} of each box."""
+        columns = (self.image_ids, self.category_ids, self.boxes, self.scores)
+        rows = zip(*(column.tolist() for column in columns), strict=True)
+        return [dict(zip(("image_id", "category_id", "bbox", "score"), row, strict=True)) for row in rows]
+
+    @staticmethod
+    def join(parts: Sequence[ScoredBoxes]) -> ScoredBoxes:
+        """The boxes of one part after the other; of at least one part."""
+        columns = {f.name: np.concatenate([getattr(part, f.name) for part in parts]) for f in fields(ScoredBoxes)}
+        return ScoredBoxes(**columns)
+
+
+def read_results(path: Path) -> ScoredBoxes:
     """Read results in COCO's format.
 
     Args:
         path: JSON file, a list of {image_id, category_id, bbox (x, y, width, height in pixels), score}.
 
     Returns:
-        The records, which may be none.
+        The detections in the order of the file, of which there may be none.
 
     Raises:
         InputError: the file cannot be read, is no such list, or a record lacks a field or holds a value that is
@@ -126,23 +180,36 @@ def read_results(path: Path) -> list[dict[str, Any]]:
     records = _read_json(path)
     if not isinstance(records, list):
         raise InputError(f"{path}: results must be a JSON list of records, got {_shown(records)}")
-    _check_results(records, str(path))
-    return records
+    try:
+        return _as_arrays(records)
+    except (KeyError, TypeError, ValueError, OverflowError):
+        raise _first_malformed(records, path) from None
+
+
+def write_results(path: Path, results: ScoredBoxes) -> None:
+    """Write detections in COCO's format; `read_results` gives back the same numbers.
+
+    Args:
+        path: JSON file.
+        results: detections with finite numbers, as `score` accepts them.
+    """
+    columns = (results.image_ids, results.category_ids, results.boxes, results.scores)
+    # The text of json.dumps, without building the records: two thirds of the time and memory.
+    records = (
+        f'{{"image_id": {image_id}, "category_id": {category_id}, "bbox": {box}, "score": {value}}}'
+        for image_id, category_id, box, value in zip(*(column.tolist() for column in columns), strict=True)
+    )
+    path.write_text(f"[{', '.join(records)}]")
 
 
 def score(
-    annotations: Path,
-    results: Sequence[dict[str, Any]],
-    *,
-    backend: Backend = "pycocotools",
-    max_detections: int = 100,
+    truth: GroundTruth, results: ScoredBoxes, *, backend: Backend = "hotcoco", max_detections: int = 100
 ) -> Metrics:
     """Compare detections with ground truth.
 
     Args:
-        annotations: COCO ground truth (JSON). Crowd boxes are matched by intersection over the detection's area and
-            count neither for nor against.
-        results: records as `read_results` gives them, in any order.
+        truth: crowd boxes are matched by intersection over the detection's area and count neither for nor against.
+        results: detections in any order.
         backend: who does the matching; the numbers are the same.
         max_detections: how many detections per image and class count, best first (COCO: 100).
 
@@ -150,36 +217,15 @@ def score(
         With `max_detections=100` the very numbers of pycocotools' `summarize`, and those of each class.
 
     Raises:
-        InputError: the ground truth or a result is malformed, a result names an image or category that the ground
-            truth lacks, or `max_detections` is below 1.
+        InputError: a result is malformed, or names an image or category that the ground truth lacks, or
+            `max_detections` is below 1.
     """
     if max_detections < 1:
         raise InputError(f"max_detections must be at least 1, got {max_detections}")
-    dataset = read_ground_truth(annotations)
-    _check_results(results, "results")
-    for key, known in (("image_id", dataset["images"]), ("category_id", dataset["categories"])):
-        unknown = sorted({r[key] for r in results} - {entry["id"] for entry in known})
-        _refuse_unknown(unknown, f"results: {len(unknown)} {key}", annotations)
-
-    found = dataset | {"annotations": _as_annotations(results)}
     limits = sorted({min(limit, max_detections) for limit in (1, 10, max_detections)})
-    with contextlib.redirect_stdout(io.StringIO()):  # pycocotools reports its progress
-        match backend:
-            case "pycocotools":
-                evaluator = COCOeval(_indexed(dataset), _indexed(found), "bbox")
-            case "hotcoco":
-                evaluator = hotcoco.COCOeval(hotcoco.COCO(dataset), hotcoco.COCO(found), "bbox")
-            case _:
-                raise _unknown_backend(backend)
-        evaluator.params.maxDets = limits
-        evaluator.evaluate()
-        evaluator.accumulate()
-
-    precision: NDArray[np.float64] = evaluator.eval["precision"]  # (T, R, K, A, M)
-    recall: NDArray[np.float64] = evaluator.eval["recall"]  # (T, K, A, M)
+    precision, recall = _evaluate(truth, results, "results", backend=backend, limits=limits)
     limit_1, limit_10 = (limits.index(min(limit, max_detections)) for limit in (1, 10))
     ap, ar = precision[..., -1], recall[..., -1]
-    names = _unique_names(dataset["categories"])
     return Metrics(
         AP=_mean(ap[..., _ALL]),
         AP50=_mean(ap[_IOU_50, ..., _ALL]),
@@ -195,20 +241,20 @@ def score(
         ARl=_mean(ar[..., _LARGE]),
         max_detections=max_detections,
         per_class={
-            names[int(category_id)]: ClassMetrics(
+            name: ClassMetrics(
                 AP=_mean(ap[:, :, k, _ALL]), AP50=_mean(ap[_IOU_50, :, k, _ALL]), AR100=_mean(ar[:, k, _ALL])
             )
-            for k, category_id in enumerate(evaluator.params.catIds)
+            for k, name in enumerate(truth.names)
         },
     )
 
 
-def score_proposals(annotations: Path, proposals: ScoredBoxes, *, backend: Backend = "pycocotools") -> ProposalMetrics:
+def score_proposals(truth: GroundTruth, proposals: ScoredBoxes, *, backend: Backend = "hotcoco") -> ProposalMetrics:
     """Compare proposals with the ground truth of all classes: how much of it do they cover (arXiv 1502.05082)?
 
     Args:
-        annotations: COCO ground truth (JSON). Crowd boxes need not be found.
-        proposals: the boxes; the 1000 best of each image count.
+        truth: crowd boxes need not be found.
+        proposals: the boxes, their classes if any unheeded; the 1000 best of each image count.
         backend: who does the matching; the numbers are the same. The 5 million proposals of COCO's validation images
             take hotcoco 3 seconds and 3 GB of memory, pycocotools some 5 minutes and 6 GB.
 
@@ -216,49 +262,16 @@ def score_proposals(annotations: Path, proposals: ScoredBoxes, *, backend: Backe
         The recalls of COCO's evaluation with `useCats` off and `maxDets` 100 and 1000.
 
     Raises:
-        InputError: the ground truth or a proposal is malformed, or a proposal is of an image that the ground truth
-            lacks.
+        InputError: a proposal is malformed, or of an image that the ground truth lacks.
     """
-    dataset = read_ground_truth(annotations)
-    _check_proposals(proposals)
-    # Numbered from 1: arrays for the evaluators hold image ids as float64, which cannot tell all int64 apart.
-    ids = np.unique([image["id"] for image in dataset["images"]])
-    numbers = np.searchsorted(ids, proposals.image_ids).clip(max=len(ids) - 1)
-    unknown = np.unique(proposals.image_ids[ids[numbers] != proposals.image_ids]).tolist()
-    _refuse_unknown(unknown, f"proposals: {len(unknown)} image_id", annotations)
-    boxes = proposals.boxes.astype(np.float64)
-    rows = np.column_stack(
-        [numbers + 1, boxes[:, :2], boxes[:, 2:] - boxes[:, :2], proposals.scores, np.ones(len(boxes))]
-    )  # (B, 7): image, x, y, width, height, score, category
-
-    number_of = dict(zip(ids.tolist(), range(1, len(ids) + 1), strict=True))
-    one_class: dict[str, list[dict[str, Any]]] = {
-        "images": [{"id": number} for number in number_of.values()],
-        "categories": [{"id": 1, "name": "object"}],
-        "annotations": [
-            annotation | {"image_id": number_of[annotation["image_id"]], "category_id": 1}
-            for annotation in sorted(dataset["annotations"], key=lambda a: a["category_id"])  # as without useCats
-        ],
-    }
-    with contextlib.redirect_stdout(io.StringIO()):
-        match backend:
-            case "pycocotools":
-                records = (
-                    {"image_id": int(row[0]), "category_id": 1, "bbox": row[1:5], "score": row[5]}
-                    for row in map(np.ndarray.tolist, rows)
-                )
-                found = one_class | {"annotations": _as_annotations(records)}
-                evaluator = COCOeval(_indexed(one_class), _indexed(found), "bbox")
-            case "hotcoco":
-                truth = hotcoco.COCO(one_class)
-                evaluator = hotcoco.COCOeval(truth, truth.load_res(rows), "bbox")
-            case _:
-                raise _unknown_backend(backend)
-        evaluator.params.maxDets = [100, 1000]
-        evaluator.evaluate()
-        evaluator.accumulate()
-
-    recall: NDArray[np.float64] = evaluator.eval["recall"][:, 0]  # (T, A, M)
+    order = np.argsort(truth.classes, kind="stable")  # in which COCOeval without useCats sees them
+    columns = {name: getattr(truth, name)[order] for name in ("boxes", "areas", "crowd", "images")}
+    one_class = replace(
+        truth, category_ids=np.zeros(1, np.int64), names=("object",), classes=np.zeros_like(order), **columns
+    )
+    objects = replace(proposals, category_ids=np.zeros_like(proposals.image_ids))
+    _, recall = _evaluate(one_class, objects, "proposals", backend=backend, limits=[100, 1000])
+    recall = recall[:, 0]  # (T, A, M)
     return ProposalMetrics(
         AR100=_mean(recall[:, _ALL, 0]),
         AR1000=_mean(recall[:, _ALL, 1]),
@@ -320,8 +333,8 @@ def format_proposal_table(metrics: ProposalMetrics) -> str:
     return "\n".join(lines)
 
 
-def read_ground_truth(path: Path) -> dict[str, list[dict[str, Any]]]:
-    """The parts of a COCO file that box evaluation needs, in a form that both evaluators read alike.
+def read_ground_truth(path: Path) -> GroundTruth:
+    """Read the parts of a COCO file that box evaluation needs.
 
     Raises:
         InputError: naming the first entry that cannot be used.
@@ -338,18 +351,25 @@ def read_ground_truth(path: Path) -> dict[str, list[dict[str, Any]]]:
             )
         if not entries and key != "annotations":
             raise InputError(f"{path}: {key!r} is empty, there is nothing to evaluate on")
-    ids = {key: _read_ids(content[key], f"{path}: {key}") for key in ("images", "categories")}
+    image_place = _read_ids(content["images"], f"{path}: images")
+    class_place = _read_ids(content["categories"], f"{path}: categories")
     for i, category in enumerate(content["categories"]):
         if not isinstance(category.get("name"), str):
             raise InputError(f"{path}: categories[{i}] needs a string 'name', got {_shown(category.get('name'))}")
 
-    annotations = []
+    boxes, areas, crowd = [], [], []
+    images: list[int] = []
+    classes: list[int] = []
     for i, annotation in enumerate(content["annotations"]):
         where = f"{path}: annotations[{i}] (id {_shown(annotation.get('id'))})"
-        for key, kind in (("image_id", "images"), ("category_id", "categories")):
+        for key, kind, place, found in (
+            ("image_id", "images", image_place, images),
+            ("category_id", "categories", class_place, classes),
+        ):
             value = annotation.get(key)
-            if not _is_id(value) or value not in ids[kind]:
+            if not _is_id(value) or value not in place:
                 raise InputError(f"{where}: {key} must be the id of one of the {kind}, got {_shown(value)}")
+            found.append(place[value])
         box = annotation.get("bbox")
         if not _is_box(box):
             raise InputError(f"{where}: bbox must be 4 finite numbers (x, y, width, height), got {_shown(box)}")
@@ -358,36 +378,70 @@ def read_ground_truth(path: Path) -> dict[str, list[dict[str, Any]]]:
             area = box[2] * box[3]
         if not _is_number(area):
             raise InputError(f"{where}: area must be a finite number, got {_shown(area)}")
-        annotations.append(
-            {
-                "id": i + 1,
-                "image_id": annotation["image_id"],
-                "category_id": annotation["category_id"],
-                "bbox": [float(value) for value in box],
-                "area": float(area),
-                "iscrowd": int(bool(annotation.get("iscrowd"))),
-            }
-        )
-    return {
-        "images": [{"id": entry["id"]} for entry in content["images"]],
-        "categories": [{"id": entry["id"], "name": entry["name"]} for entry in content["categories"]],
-        "annotations": annotations,
+        boxes.append(box)
+        areas.append(area)
+        crowd.append(bool(annotation.get("iscrowd")))
+    names = {entry["id"]: entry["name"] for entry in content["categories"]}
+    uses = Counter(names.values())
+    return GroundTruth(
+        source=path,
+        image_ids=np.array(list(image_place), np.int64),
+        category_ids=np.array(list(class_place), np.int64),
+        names=tuple(names[c] if uses[names[c]] == 1 else f"{names[c]} (id {c})" for c in class_place),
+        boxes=np.array(boxes, np.float64).reshape(-1, 4),
+        areas=np.array(areas, np.float64),
+        crowd=np.array(crowd, np.bool_),
+        images=np.array(images, np.int64),
+        classes=np.array(classes, np.int64),
+    )
+
+
+def _evaluate(
+    truth: GroundTruth, found: ScoredBoxes, what: str, *, backend: Backend, limits: list[int]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """COCOeval's precision (T, R, K, A, M) and recall (T, K, A, M) of the best `limits` per image and class."""
+    _check_scored_boxes(found, what)
+    images = _places(found.image_ids, truth.image_ids, f"{what}: %d image_id", truth.source)
+    classes = _places(found.category_ids, truth.category_ids, f"{what}: %d category_id", truth.source)
+    rows = np.column_stack([images + 1, found.boxes, found.scores, classes + 1])  # (B, 7) float64
+    columns = (truth.images + 1, truth.classes + 1, truth.boxes, truth.areas, truth.crowd.astype(np.int64))
+    dataset: dict[str, list[dict[str, Any]]] = {
+        "images": [{"id": i + 1} for i in range(len(truth.image_ids))],
+        "categories": [{"id": i + 1, "name": name} for i, name in enumerate(truth.names)],
+        "annotations": [
+            {"id": i + 1, "image_id": image, "category_id": k, "bbox": box, "area": area, "iscrowd": crowd}
+            for i, (image, k, box, area, crowd) in enumerate(zip(*(c.tolist() for c in columns), strict=True))
+        ],
     }
+    evaluator: Any
+    with contextlib.redirect_stdout(io.StringIO()):  # pycocotools reports its progress
+        match backend:
+            case "hotcoco":
+                ground_truth = hotcoco.COCO(dataset)
+                evaluator = hotcoco.COCOeval(ground_truth, ground_truth.load_res(rows), "bbox")
+            case "pycocotools":
+                evaluator = COCOeval(_indexed(dataset), _indexed(dataset | {"annotations": _as_records(rows)}), "bbox")
+            case _:
+                raise InputError(f"backend must be 'pycocotools' or 'hotcoco', got {backend!r}")
+        evaluator.params.maxDets = limits
+        evaluator.evaluate()
+        evaluator.accumulate()
+    return evaluator.eval["precision"], evaluator.eval["recall"]
 
 
-def _as_annotations(results: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def _as_records(rows: NDArray[np.float64]) -> list[dict[str, Any]]:
     """What pycocotools' `loadRes` makes of results; it cannot read an empty list."""
     return [
         {
             "id": i + 1,
-            "image_id": r["image_id"],
-            "category_id": r["category_id"],
-            "bbox": [float(value) for value in r["bbox"]],
-            "area": float(r["bbox"][2] * r["bbox"][3]),
+            "image_id": int(image),
+            "category_id": int(category),
+            "bbox": [x, y, w, h],
+            "area": w * h,
             "iscrowd": 0,
-            "score": float(r["score"]),
+            "score": value,
         }
-        for i, r in enumerate(results)
+        for i, (image, x, y, w, h, value, category) in enumerate(map(np.ndarray.tolist, rows))
     ]
 
 
@@ -398,48 +452,80 @@ def _indexed(dataset: dict[str, list[dict[str, Any]]]) -> COCO:
     return coco
 
 
-def _check_results(records: Sequence[Any], source: str) -> None:
+def _as_arrays(records: list[Any]) -> ScoredBoxes:
+    """Results as arrays; an exception of any kind if one of them is malformed."""
+    boxes = [r["bbox"] for r in records]
+    if not set(map(len, boxes)) <= {4}:
+        raise ValueError("boxes must have 4 numbers")
+    return ScoredBoxes(
+        boxes=_finite(list(chain.from_iterable(boxes))).reshape(-1, 4),
+        scores=_finite([r["score"] for r in records]),
+        image_ids=_integers([r["image_id"] for r in records]),
+        category_ids=_integers([r["category_id"] for r in records]),
+    )
+
+
+def _finite(values: list[Any]) -> NDArray[np.float64]:
+    if not set(map(type, values)) <= {int, float}:
+        raise TypeError("not a number")
+    array = np.array(values, np.float64)
+    if not np.isfinite(array).all():
+        raise ValueError("not finite")
+    return array
+
+
+def _integers(values: list[Any]) -> NDArray[np.int64]:
+    if not set(map(type, values)) <= {int}:
+        raise TypeError("not an integer")
+    return np.array(values, np.int64)
+
+
+def _first_malformed(records: list[Any], path: Path) -> InputError:
+    """What is wrong with the first result that `_as_arrays` cannot take."""
     checks: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
-        ("image_id", _is_id, "an integer"),
-        ("category_id", _is_id, "an integer"),
+        ("image_id", _is_id, "an integer of 64 bits"),
+        ("category_id", _is_id, "an integer of 64 bits"),
         ("bbox", _is_box, "4 finite numbers (x, y, width, height)"),
         ("score", _is_number, "a finite number"),
     )
     for i, record in enumerate(records):
         if not isinstance(record, dict):
-            raise InputError(f"{source}: record {i} must be an object, got {_shown(record)}")
+            return InputError(f"{path}: record {i} must be an object, got {_shown(record)}")
         for key, is_valid, wanted in checks:
             if key not in record:
-                raise InputError(f"{source}: record {i} lacks {key!r}, got {_shown(record)}")
+                return InputError(f"{path}: record {i} lacks {key!r}, got {_shown(record)}")
             if not is_valid(record[key]):
-                raise InputError(f"{source}: record {i}: {key} must be {wanted}, got {_shown(record[key])}")
+                return InputError(f"{path}: record {i}: {key} must be {wanted}, got {_shown(record[key])}")
+    raise AssertionError("no record is malformed")
 
 
-def _check_proposals(proposals: ScoredBoxes) -> None:
-    boxes, scores, image_ids = proposals.boxes, proposals.scores, proposals.image_ids
-    if boxes.shape != (len(scores), 4) or scores.ndim != 1 or image_ids.shape != scores.shape:
+def _check_scored_boxes(found: ScoredBoxes, what: str) -> None:
+    shape = found.scores.shape
+    columns = {f.name: np.shape(getattr(found, f.name)) for f in fields(found)}
+    if len(shape) != 1 or columns != dict.fromkeys(columns, shape) | {"boxes": (*shape, 4)}:
         raise InputError(
-            "proposals: boxes (B, 4), scores (B,) and image_ids (B,) must have one row per proposal, got "
-            f"{boxes.shape}, {scores.shape} and {image_ids.shape}"
+            f"{what}: boxes (B, 4), scores (B,), image_ids (B,) and category_ids (B,) must have one row per box, got "
+            f"shapes {', '.join(map(str, columns.values()))}"
         )
-    finite = np.isfinite(boxes).all(axis=1) & np.isfinite(scores)
+    finite = np.isfinite(found.boxes).all(axis=1) & np.isfinite(found.scores)
     if not finite.all():
         i = int(np.argmin(finite))
         raise InputError(
-            f"proposals: box and score must be finite, got {boxes[i].tolist()} and {scores[i]} in row {i} of image "
-            f"{image_ids[i]}"
+            f"{what}: box and score must be finite, got {found.boxes[i].tolist()} and {found.scores[i]} in row {i} of "
+            f"image {found.image_ids[i]}"
         )
 
 
-def _refuse_unknown(unknown: Sequence[int], what: str, annotations: Path) -> None:
+def _places(ids: NDArray[np.int64], known: NDArray[np.int64], what: str, source: Path) -> NDArray[np.int64]:
+    """The place of each id (B,) in `known`, which ascends and is not empty; refuses an id that is not there."""
+    places = np.searchsorted(known, ids).clip(max=len(known) - 1)
+    unknown = np.unique(ids[known[places] != ids]).tolist()
     if unknown:
         raise InputError(
-            f"{what} not in {annotations}: {_first(unknown)}; are these the results of another data set or split?"
+            f"{what % len(unknown)} not in {source}: {_first(unknown)}; are these the results of another data set or "
+            "split?"
         )
-
-
-def _unknown_backend(backend: object) -> InputError:
-    return InputError(f"backend must be 'pycocotools' or 'hotcoco', got {backend!r}")
+    return places
 
 
 def _read_json(path: Path) -> Any:
@@ -451,22 +537,17 @@ def _read_json(path: Path) -> Any:
         raise InputError(f"{path}: is not valid JSON ({error})") from error
 
 
-def _read_ids(entries: Sequence[Mapping[str, Any]], source: str) -> set[int]:
+def _read_ids(entries: Sequence[Mapping[str, Any]], source: str) -> dict[int, int]:
+    """Id -> place among all ids in ascending order; the keys in that order."""
     seen: set[int] = set()
     for i, entry in enumerate(entries):
         value: Any = entry.get("id")
         if not _is_id(value):
-            raise InputError(f"{source}[{i}] needs an integer 'id', got {_shown(value)}")
+            raise InputError(f"{source}[{i}] needs an integer 'id' of 64 bits, got {_shown(value)}")
         if value in seen:
             raise InputError(f"{source}[{i}] repeats the id {value}; ids must be unique")
         seen.add(value)
-    return seen
-
-
-def _unique_names(categories: Sequence[Mapping[str, Any]]) -> dict[int, str]:
-    """Category id -> name, with the id appended to names that several categories share."""
-    uses = Counter(c["name"] for c in categories)
-    return {c["id"]: c["name"] if uses[c["name"]] == 1 else f"{c['name']} (id {c['id']})" for c in categories}
+    return {value: place for place, value in enumerate(sorted(seen))}
 
 
 def _mean(values: NDArray[np.float64]) -> float:
@@ -475,16 +556,16 @@ def _mean(values: NDArray[np.float64]) -> float:
 
 
 def _is_id(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+    return type(value) is int and -(2**63) <= value < 2**63
 
 
 def _is_number(value: Any) -> bool:
     # The bound refuses NaN, infinities and integers too large for a float.
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+    return type(value) in (int, float) and abs(value) <= sys.float_info.max
 
 
 def _is_box(value: Any) -> bool:
-    return isinstance(value, list | tuple) and len(value) == 4 and all(_is_number(v) for v in value)
+    return type(value) is list and len(value) == 4 and all(map(_is_number, value))
 
 
 def _first(values: Sequence[int], count: int = 5) -> str:

@@ -92,7 +92,9 @@ def launched_process(device: str | None = None, timeout: timedelta = timedelta(h
             )
         local = torch.device("cuda", local_rank)
         torch.cuda.set_device(local)
-    dist.init_process_group("nccl" if kind == "cuda" else "gloo", timeout=timeout)
+    dist.init_process_group(
+        "nccl" if kind == "cuda" else "gloo", timeout=timeout, device_id=local if kind == "cuda" else None
+    )
     yield Process(rank=dist.get_rank(), world_size=dist.get_world_size(), device=local)
     # Not after an exception: NCCL would wait for processes that wait for this one in a collective. Exiting ends it all.
     dist.destroy_process_group()

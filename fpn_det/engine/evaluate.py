@@ -9,7 +9,6 @@ import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
@@ -19,7 +18,15 @@ from torchvision.ops import batched_nms
 from tqdm import tqdm
 
 from fpn_det.boxes import rescale
-from fpn_det.engine.coco_eval import Backend, Metrics, ProposalMetrics, ScoredBoxes, score, score_proposals
+from fpn_det.engine.coco_eval import (
+    Backend,
+    GroundTruth,
+    Metrics,
+    ProposalMetrics,
+    ScoredBoxes,
+    score,
+    score_proposals,
+)
 from fpn_det.engine.distributed import Process
 from fpn_det.structures import Batch, Categories, Detections, Proposals
 
@@ -94,9 +101,7 @@ def detect(
                 Detections(
                     boxes=_to_original(d.boxes, size, original_size, flipped=flipped), scores=d.scores, labels=d.labels
                 )
-                for d, size, original_size in zip(
-                    (d.to("cpu") for d in found), batch.sizes, batch.original_sizes, strict=True
-                )
+                for d, size, original_size in zip(_to_cpu(found), batch.sizes, batch.original_sizes, strict=True)
             ],
         )
 
@@ -150,25 +155,29 @@ def merge_views(views: Sequence[Detections], *, nms_thresh: float, top_k: int) -
     return Detections(boxes=boxes[keep], scores=scores[keep], labels=labels[keep])
 
 
-def to_coco_results(image_id: int, detections: Detections, categories: Categories) -> list[dict[str, Any]]:
-    """Detections of one image in COCO's results format: category ids of the data set, boxes as [x, y, w, h]."""
-    xywh = detections.boxes.clone()
-    xywh[:, 2:] -= xywh[:, :2]
-    return [
-        {"image_id": image_id, "category_id": categories.ids[label], "bbox": box, "score": value}
-        for box, label, value in zip(xywh.tolist(), detections.labels.tolist(), detections.scores.tolist(), strict=True)
-    ]
+def to_coco_results(image_ids: Sequence[int], detections: Sequence[Detections], categories: Categories) -> ScoredBoxes:
+    """Detections of some images, on the CPU, in COCO's terms: [x, y, w, h], category ids of the data set."""
+    # The first item of each list gives shape and dtype where there is no image.
+    boxes = np.concatenate([np.zeros((0, 4), np.float32), *(d.boxes.numpy() for d in detections)])
+    boxes[:, 2:] -= boxes[:, :2]
+    labels = np.concatenate([np.zeros(0, np.int64), *(d.labels.numpy() for d in detections)])
+    return ScoredBoxes(
+        boxes=boxes,
+        scores=np.concatenate([np.zeros(0, np.float32), *(d.scores.numpy() for d in detections)]),
+        image_ids=np.repeat(np.array(image_ids, np.int64), [len(d) for d in detections]),
+        category_ids=np.array(categories.ids, np.int64)[labels],
+    )
 
 
-def from_coco_results(results: Sequence[dict[str, Any]], categories: Categories) -> Detections:
-    """Inverse of `to_coco_results` for the records of one image, which are sorted by descending score."""
-    results = sorted(results, key=lambda r: -r["score"])
-    boxes = torch.tensor([r["bbox"] for r in results], dtype=torch.float32).reshape(-1, 4)
+def from_coco_results(results: ScoredBoxes, categories: Categories) -> Detections:
+    """Inverse of `to_coco_results` for one image; sorted by descending score."""
+    results = results[np.argsort(-results.scores, kind="stable")]
+    boxes = torch.tensor(results.boxes, dtype=torch.float32)
     boxes[:, 2:] += boxes[:, :2]
     return Detections(
         boxes=boxes,
-        scores=torch.tensor([r["score"] for r in results], dtype=torch.float32),
-        labels=torch.tensor([categories.ids.index(r["category_id"]) for r in results], dtype=torch.int64),
+        scores=torch.tensor(results.scores, dtype=torch.float32),
+        labels=torch.tensor(np.searchsorted(categories.ids, results.category_ids)),
     )
 
 
@@ -176,20 +185,20 @@ def evaluate(
     model: Detector,
     views: Iterable[View],
     *,
-    annotations: Path,
+    truth: GroundTruth,
     categories: Categories,
     backend: Backend,
     nms_thresh: float,
     max_detections: int,
     precision: str,
     process: Process,
-) -> tuple[Metrics, list[dict[str, Any]]] | None:
+) -> tuple[Metrics, ScoredBoxes] | None:
     """COCO metrics of a model on a data set that is shared out over all processes (collective).
 
     Args:
         model: the detector; it comes back in the mode (training or evaluation) it had.
         views: this process' share of the images; of several views of an image the detections are merged.
-        annotations: COCO-format ground truth of all images.
+        truth: ground truth of all images.
         categories: of the model.
         backend: `pycocotools` or `hotcoco`.
         nms_thresh: of the merging; see `merge_views`.
@@ -198,7 +207,7 @@ def evaluate(
         process: this process.
 
     Returns:
-        The metrics and the detections in COCO's results format on the main process, None on the others.
+        On the main process the metrics and the detections, by image id and descending score; None on the others.
     """
     was_training = model.training
     found: dict[int, list[Detections]] = defaultdict(list)
@@ -214,26 +223,20 @@ def evaluate(
             for image_id, of_image in zip(batch.image_ids.tolist(), detections, strict=True):
                 found[image_id].append(of_image)
     model.train(was_training)
-    gathered = process.gather(
-        [
-            record
-            for image_id, of_views in found.items()
-            for record in to_coco_results(
-                image_id, merge_views(of_views, nms_thresh=nms_thresh, top_k=max_detections), categories
-            )
-        ]
-    )
+    merged = [merge_views(of_views, nms_thresh=nms_thresh, top_k=max_detections) for of_views in found.values()]
+    gathered = process.gather(to_coco_results(list(found), merged, categories))
     if not process.is_main:
         return None
-    results = sorted((r for part in gathered for r in part), key=lambda r: (r["image_id"], -r["score"]))
-    return score(annotations, results, backend=backend, max_detections=max_detections), results
+    results = ScoredBoxes.join(gathered)
+    results = results[np.lexsort((-results.scores, results.image_ids))]
+    return score(truth, results, backend=backend, max_detections=max_detections), results
 
 
 def evaluate_proposals(
     model: Proposer,
     batches: Iterable[Any],
     *,
-    annotations: Path,
+    truth: GroundTruth,
     backend: Backend,
     precision: str,
     process: Process,
@@ -243,7 +246,7 @@ def evaluate_proposals(
     Args:
         model: the proposer; it comes back in the mode (training or evaluation) it had.
         batches: this process' share of the images.
-        annotations: COCO-format ground truth of all images.
+        truth: ground truth of all images.
         backend: `pycocotools` or `hotcoco`, which is much faster here.
         precision: `fp32` or `bf16`.
         process: this process.
@@ -261,12 +264,12 @@ def evaluate_proposals(
             scores.append(scores_of_image.numpy())
             image_ids.append(np.full(len(boxes_of_image), image_id))
     model.train(was_training)
-    gathered = process.gather((np.concatenate(boxes), np.concatenate(scores), np.concatenate(image_ids)))
-    if not process.is_main:
-        return None
-    all_boxes, all_scores, all_ids = (np.concatenate(parts) for parts in zip(*gathered, strict=True))
-    found = ScoredBoxes(boxes=all_boxes, scores=all_scores, image_ids=all_ids)
-    return score_proposals(annotations, found, backend=backend)
+    xywh, ids = np.concatenate(boxes), np.concatenate(image_ids)
+    xywh[:, 2:] -= xywh[:, :2]
+    gathered = process.gather(
+        ScoredBoxes(boxes=xywh, scores=np.concatenate(scores), image_ids=ids, category_ids=np.zeros_like(ids))
+    )
+    return score_proposals(truth, ScoredBoxes.join(gathered), backend=backend) if process.is_main else None
 
 
 @torch.no_grad()
@@ -286,6 +289,15 @@ def _run(
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
             output = call(batch.to(device, non_blocking=True))
         yield batch, output
+
+
+def _to_cpu(detections: Sequence[Detections]) -> list[Detections]:
+    """The detections of a batch in three copies: three per image would each wait for the device."""
+    counts = [len(d) for d in detections]
+    boxes, scores, labels = (
+        torch.cat([getattr(d, name) for d in detections]).cpu().split(counts) for name in ("boxes", "scores", "labels")
+    )
+    return [Detections(boxes=b, scores=s, labels=k) for b, s, k in zip(boxes, scores, labels, strict=True)]
 
 
 def _to_original(boxes: Tensor, size: Tensor, original_size: Tensor, *, flipped: bool = False) -> Tensor:

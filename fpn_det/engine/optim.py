@@ -21,6 +21,7 @@ def make_optimizer(
     momentum: float,
     weight_decay: float,
     norm_weight_decay: float,
+    fused: bool = False,
 ) -> torch.optim.Optimizer:
     """An optimiser over the trainable parameters, with a decay of its own for the affine parameters of norms.
 
@@ -31,6 +32,7 @@ def make_optimizer(
         momentum: of SGD; AdamW keeps its betas (0.9, 0.999).
         weight_decay: of weights and biases.
         norm_weight_decay: of the scales and shifts of normalisation layers.
+        fused: whether to update all parameters in one kernel.
     """
     norm_ids = {id(p) for m in model.modules() if isinstance(m, NORMS) for p in m.parameters(recurse=False)}
     trainable = [p for p in model.parameters() if p.requires_grad]
@@ -40,9 +42,9 @@ def make_optimizer(
     ]
     groups = [group for group in groups if group["params"]]
     if kind == "sgd":
-        return torch.optim.SGD(groups, lr=lr, momentum=momentum)
+        return torch.optim.SGD(groups, lr=lr, momentum=momentum, fused=fused)
     if kind == "adamw":
-        return torch.optim.AdamW(groups, lr=lr)
+        return torch.optim.AdamW(groups, lr=lr, fused=fused)
     raise ValueError(f"kind must be 'sgd' or 'adamw', not {kind!r}")
 
 

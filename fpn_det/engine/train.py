@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
 from fpn_det.engine.distributed import Process
+from fpn_det.engine.profile import StepProfiler
 from fpn_det.engine.runlog import RunLog
 from fpn_det.structures import Batch, InputError
 
@@ -38,6 +39,7 @@ def train(
     precision: str = "fp32",
     clip_norm: float | None = None,
     ema: AveragedModel | None = None,
+    profiler: StepProfiler | None = None,
     log_every: int = 20,
     save_every: int = 5000,
     evaluate_every: int = 0,
@@ -59,6 +61,7 @@ def train(
         precision: `fp32`, or `bf16` for autocast.
         clip_norm: upper bound of the gradient's norm.
         ema: moving average of the weights, updated after each step.
+        profiler: told of each step.
         log_every: steps between two log records.
 
     Returns:
@@ -68,7 +71,10 @@ def train(
         InputError: the loss or the gradient is not finite.
     """
     device = process.device
-    network = DistributedDataParallel(model) if process.world_size > 1 else model
+    network = model
+    if process.world_size > 1:
+        # Buffers need no sharing at each step: those of the main process are the ones saved and evaluated.
+        network = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
     parameters = [p for p in model.parameters() if p.requires_grad]
     window = Window()
     stream = iter(batches)
@@ -93,7 +99,9 @@ def train(
                         loss = torch.stack(list(losses.values())).sum()
                     (loss / accumulate).backward()
                 window.add({"loss": loss, **losses, **stats}, num_images=len(batch.images))
-            grad_norm = nn.utils.clip_grad_norm_(parameters, clip_norm or math.inf)
+            grad_norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+            if clip_norm is not None:
+                nn.utils.clip_grads_with_norm_(parameters, clip_norm, grad_norm)
             optimizer.step()
             if ema is not None:
                 ema.update_parameters(model)
@@ -101,6 +109,8 @@ def train(
 
             done = step + 1
             log.advance()
+            if profiler is not None:
+                profiler.step()
             # Asking all processes costs a synchronisation: done at every step only where there is one process.
             may_stop = process.world_size == 1 or done % log_every == 0
             stopping = may_stop and process.any(stop.requested)

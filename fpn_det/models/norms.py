@@ -9,6 +9,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Literal
 
+import torch
 from torch import Tensor, nn
 from torchvision.ops import FrozenBatchNorm2d
 
@@ -59,6 +60,26 @@ def apply_conv_norm(conv: nn.Module, norm: nn.Module, x: Tensor) -> Tensor:
         out: Tensor = norm(conv(x))
         return out
     assert isinstance(conv, nn.Conv2d)
-    scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
-    shift = norm.bias - norm.running_mean * scale
+    scale, shift = frozen_affine(norm)
     return conv._conv_forward(x, conv.weight * scale[:, None, None, None], shift)
+
+
+def frozen_affine(norm: FrozenBatchNorm2d) -> tuple[Tensor, Tensor]:
+    """(C,) scale and shift of a frozen norm."""
+    scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
+    return scale, norm.bias - norm.running_mean * scale
+
+
+@torch.no_grad()
+def fold_frozen_norms(model: nn.Module) -> None:
+    """Fold the frozen norms of `model` into its convolutions for good: for models that are not trained any more."""
+    for parent in list(model.modules()):
+        for name, norm in list(parent.named_children()):
+            if isinstance(norm, FrozenBatchNorm2d):
+                conv = parent.get_submodule(name.replace("bn", "conv") if name.startswith("bn") else f"{int(name) - 1}")
+                assert isinstance(conv, nn.Conv2d)
+                assert conv.bias is None
+                scale, shift = frozen_affine(norm)
+                conv.weight.mul_(scale[:, None, None, None])
+                conv.bias = nn.Parameter(shift)
+                setattr(parent, name, nn.Identity())

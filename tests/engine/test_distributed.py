@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from fpn_det.data.loader import TestSampler
+from fpn_det.engine.coco_eval import read_ground_truth
 from fpn_det.engine.distributed import Process, launched_process
 from fpn_det.engine.evaluate import View, evaluate
 from fpn_det.engine.runlog import RunLog
@@ -221,7 +222,7 @@ def find(process: Process, annotations: Path, batches: list[list[int]]) -> tuple
     return evaluate(
         Finder(),
         [View(batches=own)],
-        annotations=annotations,
+        truth=read_ground_truth(annotations),
         categories=Categories((5,), ("cat",)),
         backend="pycocotools",  # hotcoco's threads do not survive a fork
         nms_thresh=0.5,
@@ -244,9 +245,11 @@ def test_shares_of_any_size_make_one_result(tmp_path, batches):
     annotations.write_text(json.dumps(truth))
     main, other = in_two_processes(lambda process: find(process, annotations, batches))
     assert other is None
-    assert main == find(Process(), annotations, batches)
     metrics, results = main
-    assert [r["image_id"] for r in results] == [1, 2, 3, 4]
+    expected_metrics, expected = find(Process(), annotations, batches)
+    assert metrics == expected_metrics
+    assert results.records() == expected.records()
+    assert results.image_ids.tolist() == [1, 2, 3, 4]
     assert metrics["AP"] == pytest.approx(1)
 
 

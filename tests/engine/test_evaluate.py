@@ -7,11 +7,13 @@ import random
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from fpn_det.data.loader import collate
 from fpn_det.data.transforms import TestTransform
+from fpn_det.engine.coco_eval import GroundTruth, read_ground_truth
 from fpn_det.engine.distributed import Process
 from fpn_det.engine.evaluate import (
     View,
@@ -73,7 +75,7 @@ def batch_of(*samples: tuple[int, tuple[int, int], tuple[int, int]]) -> Batch:
     )
 
 
-def ground_truth(folder: Path) -> Path:
+def ground_truth(folder: Path) -> GroundTruth:
     boxes = {10: [20, 10, 40, 20], 11: [0, 0, 30, 30]}  # of the files, XYWH
     content = {
         "images": [{"id": i, "width": 100, "height": 100, "file_name": f"{i}.jpg"} for i in (10, 11, 12)],
@@ -84,7 +86,7 @@ def ground_truth(folder: Path) -> Path:
         ],
     }
     (folder / "truth.json").write_text(json.dumps(content))
-    return folder / "truth.json"
+    return read_ground_truth(folder / "truth.json")
 
 
 def test_boxes_return_in_the_frame_of_the_file():
@@ -131,6 +133,36 @@ def test_flipped_images_are_flipped_back():
     assert torch.equal(found.boxes, boxes)
 
 
+def test_a_batch_comes_back_in_few_copies():
+    """Three, however many images there are: each waits for the device."""
+    found = [detections(*[([0.0, 0.0, float(i), 5.0], i / 10, i)] * i) for i in range(4)]
+    copies: list[torch.Size] = []
+
+    class Remote(torch.Tensor):
+        """A tensor whose copies to the CPU are counted."""
+
+        @classmethod
+        def __torch_function__(cls, function, types, args=(), kwargs=None):
+            if function in (torch.Tensor.cpu, torch.Tensor.to):
+                copies.append(args[0].shape)
+                return args[0].as_subclass(torch.Tensor)
+            return super().__torch_function__(function, types, args, kwargs or {})
+
+    class Far(Oracle):
+        def predict(self, batch: Batch) -> list[Detections]:
+            return [
+                Detections(**{n: getattr(d, n).as_subclass(Remote) for n in ("boxes", "scores", "labels")})
+                for d in found
+            ]
+
+    batch = batch_of(*((i, HALF, HALF) for i in range(4)))
+    [(_, returned)] = detect(Far({}), [batch], device=CPU, precision="fp32")
+    assert copies == [(6, 4), (6,), (6,)]
+    for d, expected in zip(returned, found, strict=True):
+        for name in ("boxes", "scores", "labels"):
+            assert torch.equal(getattr(d, name), getattr(expected, name))
+
+
 def detections(*rows: tuple[list[float], float, int]) -> Detections:
     """From (box, score, label)."""
     return Detections(
@@ -171,7 +203,7 @@ def test_what_one_view_alone_finds_is_found(tmp_path):
 
     half, double = ([batch_of((i, size, FULL)) for i in (10, 11, 12)] for size in (HALF, DOUBLE))
     options = {
-        "annotations": ground_truth(tmp_path),
+        "truth": ground_truth(tmp_path),
         "categories": CATEGORIES,
         "backend": "pycocotools",
         "nms_thresh": 0.5,
@@ -184,7 +216,7 @@ def test_what_one_view_alone_finds_is_found(tmp_path):
         metrics, results = evaluate(Picky({}), iter(used), **options)
         assert metrics["AR100"] == pytest.approx(recall)
         assert len(results) == 2 * recall
-    assert [r["bbox"] for r in results] == [[20.0, 10.0, 40.0, 20.0], [0.0, 0.0, 30.0, 30.0]]
+    assert results.boxes.tolist() == [[20.0, 10.0, 40.0, 20.0], [0.0, 0.0, 30.0, 30.0]]
 
 
 def test_merging_takes_its_limits_from_the_evaluation(tmp_path):
@@ -204,7 +236,7 @@ def test_merging_takes_its_limits_from_the_evaluation(tmp_path):
         _, results = evaluate(
             InTurn({}),
             [view for _, view in views],
-            annotations=ground_truth(tmp_path),
+            truth=ground_truth(tmp_path),
             categories=CATEGORIES,
             backend="pycocotools",
             nms_thresh=nms_thresh,
@@ -221,18 +253,24 @@ def test_coco_results_round_trip():
         scores=torch.tensor([0.9, 0.4]),
         labels=torch.tensor([1, 0]),
     )
-    results = to_coco_results(42, found, CATEGORIES)
-    assert [(r["image_id"], r["category_id"], r["bbox"]) for r in results] == [
+    nothing = Detections(boxes=torch.zeros(0, 4), scores=torch.zeros(0), labels=torch.zeros(0, dtype=torch.int64))
+    results = to_coco_results([8, 2**53 + 1, 42], [found, nothing, found], CATEGORIES)
+    assert [(r["image_id"], r["category_id"], r["bbox"]) for r in results.records()] == [
+        (8, 7, [1.0, 2.0, 3.0, 6.0]),
+        (8, 3, [0.0, 0.0, 5.0, 5.0]),
         (42, 7, [1.0, 2.0, 3.0, 6.0]),
         (42, 3, [0.0, 0.0, 5.0, 5.0]),
     ]
+    assert results.scores.tolist() == found.scores.tolist() * 2
     assert found.boxes[0].tolist() == [1.0, 2.0, 4.0, 8.0]  # untouched
-    assert json.loads(json.dumps(results)) == results
-    back = from_coco_results(results[::-1], CATEGORIES)
+    back = from_coco_results(results[np.array([3, 2])], CATEGORIES)
     for name in ("boxes", "scores", "labels"):
         assert torch.equal(getattr(back, name), getattr(found, name))
-    assert from_coco_results([], CATEGORIES).boxes.shape == (0, 4)
-    assert to_coco_results(1, from_coco_results([], CATEGORIES), CATEGORIES) == []
+        assert getattr(back, name).dtype == getattr(found, name).dtype
+    for image_ids, detections in (([], []), ([1], [nothing])):
+        results = to_coco_results(image_ids, detections, CATEGORIES)
+        assert (results.boxes.shape, results.image_ids.dtype) == ((0, 4), np.int64)
+        assert from_coco_results(results, CATEGORIES).boxes.shape == (0, 4)
 
 
 @pytest.mark.parametrize("was_training", [True, False])
@@ -243,7 +281,7 @@ def test_metrics_of_a_detector_that_knows(tmp_path, backend, was_training):
     evaluated = evaluate(
         oracle,
         [View(batches=[batch_of((12, HALF, FULL), (11, HALF, FULL)), batch_of((10, HALF, FULL))])],
-        annotations=ground_truth(tmp_path),
+        truth=ground_truth(tmp_path),
         categories=CATEGORIES,
         backend=backend,
         nms_thresh=0.5,
@@ -253,7 +291,7 @@ def test_metrics_of_a_detector_that_knows(tmp_path, backend, was_training):
     )
     assert evaluated is not None
     metrics, results = evaluated
-    assert [(r["image_id"], r["category_id"], r["bbox"]) for r in results] == [
+    assert [(r["image_id"], r["category_id"], r["bbox"]) for r in results.records()] == [
         (10, 7, [20.0, 10.0, 40.0, 20.0]),
         (11, 3, [0.0, 0.0, 30.0, 30.0]),
     ]
@@ -263,11 +301,39 @@ def test_metrics_of_a_detector_that_knows(tmp_path, backend, was_training):
     assert oracle.training is was_training
 
 
+def test_detections_are_ordered_by_image_and_score(tmp_path):
+    """Of equal scores those stay first that the detector gave first; enough of them for an unstable sort to show."""
+    rows = [([0.0, 0.0, float(i + 1), 5.0], (i * 7 % 3) / 4, 0) for i in range(60)]
+
+    class Many(Oracle):
+        def predict(self, batch: Batch) -> list[Detections]:
+            return [detections(*rows) for _ in batch.image_ids]
+
+    batches = [batch_of((12, HALF, HALF), (10, HALF, HALF)), batch_of((11, HALF, HALF))]
+    _, results = evaluate(
+        Many({}),
+        [View(batches=batches)],
+        truth=ground_truth(tmp_path),
+        categories=CATEGORIES,
+        backend="hotcoco",
+        nms_thresh=0.5,
+        max_detections=100,
+        precision="fp32",
+        process=Process(),
+    )
+    assert results.image_ids.tolist() == [10] * 60 + [11] * 60 + [12] * 60
+    widths = [box[2] for box, *_ in sorted(rows, key=lambda row: -row[1])]
+    assert results.boxes[:, 2].tolist() == widths * 3
+    one = results[results.image_ids == 11][np.arange(60)[::-1]]
+    back = from_coco_results(one, CATEGORIES).boxes[:, 2].tolist()
+    assert back == [r["bbox"][2] for r in sorted(one.records(), key=lambda r: -r["score"])] != one.boxes[:, 2].tolist()
+
+
 def test_a_detector_that_finds_nothing(tmp_path):
     metrics, results = evaluate(
         Oracle({}),
         [View(batches=[])],
-        annotations=ground_truth(tmp_path),
+        truth=ground_truth(tmp_path),
         categories=CATEGORIES,
         backend="pycocotools",
         nms_thresh=0.5,
@@ -275,7 +341,7 @@ def test_a_detector_that_finds_nothing(tmp_path):
         precision="fp32",
         process=Process(),
     )
-    assert (metrics["AP"], results) == (0.0, [])
+    assert (metrics["AP"], len(results)) == (0.0, 0)
 
 
 class Proposing:
@@ -300,7 +366,7 @@ class Proposing:
 def test_recall_of_proposals(tmp_path, backend):
     """Of the boxes of images 10 and 11 the first is proposed; two processes find what one finds."""
     batches = [batch_of((12, HALF, FULL), (11, HALF, FULL)), batch_of((10, HALF, FULL))]
-    options: dict[str, Any] = {"annotations": ground_truth(tmp_path), "backend": backend, "precision": "fp32"}
+    options: dict[str, Any] = {"truth": ground_truth(tmp_path), "backend": backend, "precision": "fp32"}
     model = Proposing()
     metrics = evaluate_proposals(model, batches, **options, process=Process())
     assert metrics is not None

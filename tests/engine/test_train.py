@@ -294,7 +294,7 @@ def test_four_images_are_learned_by_heart(shapes, tiny, tmp_path):
     evaluated = evaluate(
         model,
         [View(batches=build.build_val_loader(config, build.load_val_data(config)))],
-        annotations=annotations,
+        truth=build.load_ground_truth(config),
         categories=data.categories,
         backend="pycocotools",
         nms_thresh=0.5,

@@ -1,0 +1,59 @@
+"""Where the time of a training step goes: a trace of ten steps, and the operators that take most."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import torch
+from torch.profiler import ProfilerActivity, profile, schedule
+
+from fpn_det.engine.runlog import RunLog
+
+SKIPPED_STEPS = 5
+"""The first steps allocate memory and choose algorithms."""
+PROFILED_STEPS = 10
+
+
+class StepProfiler:
+    """Profiles `PROFILED_STEPS` steps of a run after its first few, and reports them; the run goes on.
+
+    Args:
+        folder: `trace.json.gz` goes there, for chrome://tracing or ui.perfetto.dev.
+        log: takes the table of the operators.
+    """
+
+    def __init__(self, folder: Path, log: RunLog) -> None:
+        self.path = folder / "trace.json.gz"
+        self.log = log
+        has_gpu = torch.cuda.is_available()
+        self.num_steps = 0
+        self.sort_by = "self_device_time_total" if has_gpu else "self_cpu_time_total"
+        self._profile = profile(
+            activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if has_gpu else [])],
+            schedule=schedule(wait=SKIPPED_STEPS - 1, warmup=1, active=PROFILED_STEPS, repeat=1),
+            on_trace_ready=self._report,
+        )
+
+    def __enter__(self) -> Self:
+        self._profile.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._profile.__exit__(kind, error, trace)
+        if self.num_steps <= SKIPPED_STEPS:
+            self.log.message(f"no profile: it begins after {SKIPPED_STEPS} steps, the run ended after {self.num_steps}")
+
+    def step(self) -> None:
+        """Say that a step is done."""
+        self.num_steps += 1
+        self._profile.step()
+
+    def _report(self, profiled: profile) -> None:
+        profiled.export_chrome_trace(str(self.path))
+        table = profiled.key_averages().table(sort_by=self.sort_by, row_limit=20, max_name_column_width=50).strip()
+        num_profiled = min(self.num_steps - SKIPPED_STEPS, PROFILED_STEPS)
+        self.log.message(f"profile of {num_profiled} steps, all of them together:\n{table}\ntrace: {self.path}")

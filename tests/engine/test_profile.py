@@ -1,0 +1,41 @@
+"""The profile of a run: the right steps, and a word where there is none."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from fpn_det.engine.profile import StepProfiler
+from fpn_det.engine.runlog import RunLog
+
+
+def run(folder: Path, num_steps: int) -> str:
+    """Steps of one matrix product each; the log."""
+    with (
+        RunLog(folder, start_step=0, num_steps=num_steps) as log,
+        StepProfiler(folder, log) as profiler,
+    ):
+        for step in range(num_steps):
+            torch.mm(torch.ones(step + 1, 8), torch.ones(8, 8))
+            profiler.step()
+    return (folder / "log.txt").read_text()
+
+
+@pytest.mark.parametrize(("num_steps", "profiled"), [(17, range(5, 15)), (8, range(5, 8))])
+def test_steps_after_the_first_five(tmp_path: Path, num_steps: int, profiled: range) -> None:
+    text = run(tmp_path, num_steps)
+    assert f"profile of {len(profiled)} steps" in text
+    [line] = [line.split() for line in text.splitlines() if line.split()[:1] == ["aten::mm"]]
+    assert line[-1] == str(len(profiled))
+    with gzip.open(tmp_path / "trace.json.gz", "rt") as file:
+        events = json.load(file)["traceEvents"]
+    assert sum(event.get("name") == "aten::mm" for event in events) == len(profiled)
+
+
+def test_too_short_a_run(tmp_path: Path) -> None:
+    assert "no profile: it begins after 5 steps, the run ended after 3" in run(tmp_path, 3)
+    assert not (tmp_path / "trace.json.gz").exists()
