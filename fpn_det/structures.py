@@ -71,7 +71,7 @@ class Sample:
     """One image with its boxes, as it comes out of the transforms.
 
     Attributes:
-        image: (3, H, W) uint8, or float32 in 0..255 (`data.resize: float`), RGB.
+        image: (3, H, W) uint8, or float32 in 0..255 (`data.resize: float`), RGB, channels last in memory.
         boxes: (G, 4) float32, in the frame of `image`.
         labels: (G,) int64, 0..K-1.
         image_id: the data set's own id of the image.
@@ -110,7 +110,7 @@ class Batch(_TensorFields):
 
     Attributes:
         images: (N, 3, H, W) uint8 or float32, as in `Sample`, RGB, zero-padded at the right and the bottom to a
-            common size.
+            common size, channels last in memory.
         sizes: (N, 2) int64, (h, w) of each image before padding.
         targets: ground truth in the frame of `images`.
         image_ids: (N,) int64, the data set's own ids.

@@ -4,29 +4,47 @@ A data set of COCO's size is a million small Python objects; kept as such, each 
 copy (reading an object writes its reference count). Everything here is a handful of tensors instead, which workers
 share. Crowd boxes and boxes that cannot be used are left out here; the evaluation reads the annotation file itself.
 
-Dimensions: I images, B boxes of all images.
+Dimensions: I images, B boxes of all images, n boxes of the file that are four finite numbers.
 """
 
 from __future__ import annotations
 
+import gc
 import json
 import os
-import struct
 import sys
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path, PurePosixPath
+from itertools import pairwise
+from pathlib import Path
 from reprlib import repr as short  # bounded in length and depth, whatever the file holds
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from fpn_det.data.cache import ArrayCache
 from fpn_det.structures import Categories, InputError
+
+CACHE_VERSION = 1
+"""To be raised with every change of what `load_coco` makes of a file."""
 
 CLIP_TOLERANCE_PX = 1.0
 """Boxes that reach further than this beyond their image are reported; rounding by labelling tools stays below."""
+
+BOX_PROBLEMS = (
+    # what is wrong, and whether the box is unusable
+    ("bbox without area (width or height <= 0)", True),
+    ("bbox outside its image", True),
+    ("bbox too thin to have an area in float32", True),
+    ("bbox partly outside its image", False),
+)
+
+TENSORS = ("name_bytes", "name_offsets", "image_ids", "sizes", "box_offsets", "boxes", "labels")
+"""The fields of `CocoAnnotations` that grow with the data."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,14 +111,12 @@ class CocoAnnotations:
 
     def without_empty(self) -> CocoAnnotations:
         """The same data without the images that have no box to train on."""
-        counts = self.box_offsets.diff()
-        keep = counts.nonzero().flatten().tolist()
-        names = [bytes(self.name_bytes[a:b].numpy()) for a, b in self.name_offsets.unfold(0, 2, 1)[keep].tolist()]
-        name_bytes, name_offsets = _pack_names(names)
+        counts, lengths = self.box_offsets.diff(), self.name_offsets.diff()
+        keep = counts > 0
         return replace(
             self,
-            name_bytes=name_bytes,
-            name_offsets=name_offsets,
+            name_bytes=self.name_bytes[keep.repeat_interleave(lengths)],
+            name_offsets=_offsets(lengths[keep]),
             image_ids=self.image_ids[keep],
             sizes=self.sizes[keep],
             box_offsets=_offsets(counts[keep]),
@@ -119,7 +135,9 @@ class CocoAnnotations:
 def load_coco(annotations: Path, images: Path, *, on_error: str = "drop") -> CocoAnnotations:
     """Read a COCO-format annotation file.
 
-    Images keep the order of the file; class indices follow the ascending category ids.
+    Images keep the order of the file; class indices follow the ascending category ids. What was read from a large file
+    is kept in `$XDG_CACHE_HOME/fpn_det` (`~/.cache/fpn_det`) and used until the file changes; whether the images exist
+    is looked up each time.
 
     Args:
         annotations: the JSON file, with lists `images`, `annotations`, `categories`.
@@ -131,61 +149,23 @@ def load_coco(annotations: Path, images: Path, *, on_error: str = "drop") -> Coc
     Raises:
         InputError: a missing, malformed or empty file, missing images, or unusable boxes with `on_error="fail"`.
     """
-    data = read_coco_json(annotations)
-    categories = _read_categories(annotations, data["categories"])
-    image_ids, sizes, names = _read_images(annotations, images, data["images"])
-    image_index = {image_id: i for i, image_id in enumerate(image_ids)}
-    class_index = {category_id: i for i, category_id in enumerate(categories.ids)}
-
-    problems: list[Problem] = []
-    owners: list[int] = []
-    boxes: list[tuple[float, float, float, float]] = []
-    labels: list[int] = []
-    num_crowd = 0
-    for annotation in data["annotations"]:
-        if not isinstance(annotation, dict):
-            problems.append(Problem(None, "not a JSON object", short(annotation), fatal=True))
-            continue
-        owner = _lookup(image_index, annotation.get("image_id"))
-        label = _lookup(class_index, annotation.get("category_id"))
-        if owner is None or label is None:
-            key = "image_id" if owner is None else "category_id"
-            unknown = f"{key} that the file does not define"
-            problems.append(Problem(annotation.get("id"), unknown, short(annotation.get(key)), fatal=True))
-            continue
-        if annotation.get("iscrowd"):
-            num_crowd += 1
-            continue
-        box, reason = _usable_box(annotation.get("bbox"), size=sizes[owner])
-        if reason:
-            problems.append(Problem(annotation.get("id"), reason, short(annotation.get("bbox")), fatal=box is None))
-        if box is not None:
-            owners.append(owner)
-            boxes.append(box)
-            labels.append(label)
-
-    if on_error == "fail" and any(p.fatal for p in problems):
+    cache = ArrayCache(annotations, version=CACHE_VERSION)
+    kept = cache.read()
+    if kept is not None:
+        data = _unpack(kept, source=annotations, folder=images)
+        names = data.name_bytes.numpy().tobytes()
+        bounds = pairwise(data.name_offsets.tolist())
+        _check_images_exist(annotations, images, [os.fsdecode(names[start:end]) for start, end in bounds])
+    else:
+        with _garbage_collection_paused():
+            data = _parse(annotations, images)
+        cache.write(_pack(data))
+    if on_error == "fail" and any(p.fatal for p in data.problems):
         raise InputError(
-            f"{annotations}: boxes that cannot be used:\n{format_problems(problems)}\n"
+            f"{annotations}: boxes that cannot be used:\n{format_problems(data.problems)}\n"
             "Correct the annotations, or train without these boxes with data.on_error=drop"
         )
-    owner_tensor = torch.tensor(owners, dtype=torch.int64)
-    order = owner_tensor.argsort(stable=True)
-    name_bytes, name_offsets = _pack_names([os.fsencode(name) for name in names])
-    return CocoAnnotations(
-        source=annotations,
-        folder=images,
-        categories=categories,
-        name_bytes=name_bytes,
-        name_offsets=name_offsets,
-        image_ids=torch.tensor(image_ids, dtype=torch.int64),
-        sizes=torch.tensor(sizes, dtype=torch.int64),
-        box_offsets=_offsets(owner_tensor.bincount(minlength=len(image_ids))),
-        boxes=torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4)[order],
-        labels=torch.tensor(labels, dtype=torch.int64)[order],
-        num_crowd=num_crowd,
-        problems=tuple(problems),
-    )
+    return data
 
 
 def read_coco_json(path: Path) -> dict[str, Any]:
@@ -254,29 +234,123 @@ def format_problems(problems: Sequence[Problem], limit: int = 5) -> str:
     return "\n".join(lines)
 
 
-def _lookup(index: dict[int, int], key: object) -> int | None:
-    return index.get(key) if type(key) is int else None
+@contextmanager
+def _garbage_collection_paused() -> Iterator[None]:
+    """Without it, reading millions of objects takes three times as long: they are searched again and again."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
-def _usable_box(bbox: object, *, size: tuple[int, int]) -> tuple[tuple[float, float, float, float] | None, str | None]:
-    """XYWH of the file -> (XYXY clipped to the image or None, what is wrong or None)."""
+def _parse(annotations: Path, images: Path) -> CocoAnnotations:
+    """All that `load_coco` does but for the cache and `on_error`."""
+    data = read_coco_json(annotations)
+    categories = _read_categories(annotations, data["categories"])
+    image_ids, sizes, names = _read_images(annotations, images, data["images"])
+    image_index = {image_id: i for i, image_id in enumerate(image_ids)}
+    class_index = {category_id: i for i, category_id in enumerate(categories.ids)}
+
+    problems: list[tuple[int, Problem]] = []  # along with the position in the file
+    positions: list[int] = []
+    owners: list[int] = []
+    labels: list[int] = []
+    xywh: list[list[float]] = []
+    num_crowd = 0
+    for position, annotation in enumerate(data["annotations"]):
+        if not isinstance(annotation, dict):
+            problems.append((position, Problem(None, "not a JSON object", short(annotation), fatal=True)))
+            continue
+        image_id, category_id = annotation.get("image_id"), annotation.get("category_id")
+        owner = image_index.get(image_id) if type(image_id) is int else None
+        label = class_index.get(category_id) if type(category_id) is int else None
+        if owner is None or label is None:
+            key = "image_id" if owner is None else "category_id"
+            unknown = f"{key} that the file does not define"
+            problems.append((position, _problem(annotation, key, unknown, fatal=True)))
+        elif annotation.get("iscrowd"):
+            num_crowd += 1
+        elif reason := _malformed(annotation.get("bbox")):
+            problems.append((position, _problem(annotation, "bbox", reason, fatal=True)))
+        else:
+            positions.append(position)
+            owners.append(owner)
+            labels.append(label)
+            xywh.append(annotation["bbox"])
+
+    size_array, owner_array = np.array(sizes), np.array(owners, np.int64)
+    boxes, found = _clip_boxes(np.array(xywh, np.float64).reshape(-1, 4), size_array[owner_array])
+    usable = np.ones(len(boxes), bool)
+    for i in np.flatnonzero(found >= 0).tolist():
+        reason, fatal = BOX_PROBLEMS[found[i]]
+        usable[i] = not fatal
+        problems.append((positions[i], _problem(data["annotations"][positions[i]], "bbox", reason, fatal=fatal)))
+    problems.sort(key=lambda problem: problem[0])
+
+    order = np.flatnonzero(usable)
+    order = order[np.argsort(owner_array[order], kind="stable")]
+    name_bytes, name_offsets = _pack_names([os.fsencode(name) for name in names])
+    return CocoAnnotations(
+        source=annotations,
+        folder=images,
+        categories=categories,
+        name_bytes=name_bytes,
+        name_offsets=name_offsets,
+        image_ids=torch.tensor(image_ids, dtype=torch.int64),
+        sizes=torch.from_numpy(size_array),
+        box_offsets=_offsets(torch.from_numpy(np.bincount(owner_array[order], minlength=len(image_ids)))),
+        boxes=torch.from_numpy(boxes[order]),
+        labels=torch.from_numpy(np.array(labels, np.int64)[order]),
+        num_crowd=num_crowd,
+        problems=tuple(problem for _, problem in problems),
+    )
+
+
+def _problem(annotation: dict[str, Any], key: str, reason: str, *, fatal: bool) -> Problem:
+    """What is wrong with the value of `key`."""
+    annotation_id = annotation.get("id")
+    if not isinstance(annotation_id, int | float | str | None):
+        annotation_id = short(annotation_id)
+    return Problem(annotation_id, reason, short(annotation.get(key)), fatal=fatal)
+
+
+def _malformed(bbox: object) -> str | None:
+    """Why this is not four finite numbers, if so."""
     if not isinstance(bbox, list) or len(bbox) != 4:
-        return None, "bbox that is not [x, y, width, height]"
+        return "bbox that is not [x, y, width, height]"
     # A comparison instead of math.isfinite, which overflows on integers of 400 digits.
     if not all(type(v) in (int, float) and abs(v) <= sys.float_info.max for v in bbox):
-        return None, "bbox with a value that is not a finite number"
-    x, y, w, h = map(float, bbox)
-    if w <= 0 or h <= 0:
-        return None, "bbox without area (width or height <= 0)"
-    height, width = size
-    if x >= width or y >= height or x + w <= 0 or y + h <= 0:
-        return None, "bbox outside its image"
-    x1, y1, x2, y2 = max(x, 0.0), max(y, 0.0), min(x + w, float(width)), min(y + h, float(height))
-    left, top, right, bottom = struct.unpack("4f", struct.pack("4f", x1, y1, x2, y2))  # what float32 keeps of it
-    if right <= left or bottom <= top:
-        return None, "bbox too thin to have an area in float32"
-    outside = max(x1 - x, y1 - y, x + w - x2, y + h - y2)
-    return (x1, y1, x2, y2), "bbox partly outside its image" if outside > CLIP_TOLERANCE_PX else None
+        return "bbox with a value that is not a finite number"
+    return None
+
+
+def _clip_boxes(xywh: np.ndarray, sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Clip boxes to their images.
+
+    Args:
+        xywh: (n, 4) float64, finite, as the file has them.
+        sizes: (n, 2) (h, w) of their images.
+
+    Returns:
+        (n, 4) float32 XYXY, and (n,) indices into `BOX_PROBLEMS`, -1 where nothing is wrong.
+    """
+    x, y, w, h = xywh.T
+    height, width = sizes.T
+    with np.errstate(over="ignore"):  # infinite is far outside, too
+        stated = np.stack([x, y, x + w, y + h], 1)
+        clipped = np.hstack([stated[:, :2].clip(min=0), np.minimum(stated[:, 2:], sizes[:, ::-1])])
+        boxes = clipped.astype(np.float32)
+        beyond = np.abs(stated - clipped).max(1, initial=0)
+    conditions = [
+        (w <= 0) | (h <= 0),
+        (x >= width) | (y >= height) | (stated[:, 2] <= 0) | (stated[:, 3] <= 0),
+        (boxes[:, 2] <= boxes[:, 0]) | (boxes[:, 3] <= boxes[:, 1]),
+        beyond > CLIP_TOLERANCE_PX,
+    ]
+    return boxes, np.select(conditions, range(4), default=-1)
 
 
 def _read_categories(source: Path, entries: list[Any]) -> Categories:
@@ -308,7 +382,7 @@ def _read_images(source: Path, folder: Path, entries: list[Any]) -> tuple[list[i
                 f"{source}: image id {image_id} ({name!r}) needs positive integers `height` and `width`, "
                 f"got {short(height)} and {short(width)}"
             )
-        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+        if name.startswith("/") or ".." in name.split("/"):
             raise InputError(f"{source}: image id {image_id}: file_name {name!r} leaves the image folder {folder}")
         ids.append(image_id)
         sizes.append((height, width))
@@ -316,25 +390,56 @@ def _read_images(source: Path, folder: Path, entries: list[Any]) -> tuple[list[i
     if len(set(ids)) < len(ids):
         twice = [i for i, n in Counter(ids).items() if n > 1]
         raise InputError(f"{source}: image ids {twice[:5]} are defined more than once ({len(twice)} in all)")
-    missing = _missing(folder, names)
+    _check_images_exist(source, folder, names)
+    return ids, sizes, names
+
+
+def _check_images_exist(source: Path, folder: Path, names: Sequence[str]) -> None:
+    """One listing per folder instead of one call per file."""
+    present: set[str] = set()
+    for parent in {"", *(name.rpartition("/")[0] for name in names)}:
+        try:
+            with os.scandir(folder / parent) as entries:
+                present.update(os.path.join(parent, e.name) for e in entries if e.is_file())
+        except ValueError:  # not the name of a folder; its images are missing
+            continue
+        except OSError as error:
+            if parent:
+                continue
+            raise InputError(
+                f"{folder}: cannot read the image folder ({error.strerror}). Paths are relative to the current "
+                "folder; set data.train.images and data.val.images"
+            ) from error
+    missing = [name for name in names if name not in present and not os.path.isfile(folder / name)]
     if missing:
         raise InputError(
             f"{folder}: {len(missing):,} of the {len(names):,} images of {source} are missing, first {missing[0]!r}. "
             "Set data.train.images and data.val.images to the folder that holds them"
         )
-    return ids, sizes, names
 
 
-def _missing(folder: Path, names: Iterable[str]) -> list[str]:
-    """File names that do not exist below `folder`; one directory listing instead of one call per file."""
-    try:
-        present = {e.name for e in os.scandir(folder) if e.is_file()}
-    except OSError as error:
-        raise InputError(
-            f"{folder}: cannot read the image folder ({error.strerror}). Paths are relative to the current folder; "
-            "set data.train.images and data.val.images"
-        ) from error
-    return [name for name in names if name not in present and not os.path.isfile(folder / name)]
+def _pack(data: CocoAnnotations) -> dict[str, np.ndarray]:
+    """The arrays that `_unpack` needs; source and folder are left to it."""
+    rest = {
+        "categories": data.categories.state_dict(),
+        "num_crowd": data.num_crowd,
+        "problems": [[p.annotation_id, p.reason, p.value, p.fatal] for p in data.problems],
+    }
+    arrays = {name: getattr(data, name).numpy() for name in TENSORS}
+    return {**arrays, "rest": np.frombuffer(json.dumps(rest).encode(), np.uint8)}
+
+
+def _unpack(arrays: dict[str, np.ndarray], *, source: Path, folder: Path) -> CocoAnnotations:
+    """Inverse of `_pack`."""
+    rest = json.loads(arrays["rest"].tobytes())
+    return CocoAnnotations(
+        source=source,
+        folder=folder,
+        categories=Categories.from_state_dict(rest["categories"]),
+        num_crowd=rest["num_crowd"],
+        problems=tuple(Problem(*fields) for fields in rest["problems"]),
+        **{name: torch.from_numpy(arrays[name]) for name in TENSORS},
+    )
 
 
 def _offsets(counts: Tensor) -> Tensor:
@@ -342,5 +447,5 @@ def _offsets(counts: Tensor) -> Tensor:
 
 
 def _pack_names(names: Sequence[bytes]) -> tuple[Tensor, Tensor]:
-    packed = torch.tensor(list(b"".join(names)), dtype=torch.uint8)  # frombuffer refuses an empty buffer
+    packed = torch.from_numpy(np.frombuffer(b"".join(names), np.uint8).copy())
     return packed, _offsets(torch.tensor([len(name) for name in names], dtype=torch.int64))

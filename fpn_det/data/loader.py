@@ -10,6 +10,7 @@ Dimensions: N images of a batch, G boxes and P fixed proposals (largest count in
 from __future__ import annotations
 
 import atexit
+import gc
 import multiprocessing
 import os
 import random
@@ -20,8 +21,9 @@ from multiprocessing.synchronize import Event
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from fpn_det.data.coco import CocoAnnotations
 from fpn_det.data.proposals import FixedProposals
@@ -99,7 +101,7 @@ class TrainSampler(Sampler[list[Key]]):
 
     def __init__(
         self,
-        sizes: torch.Tensor,
+        sizes: Tensor,
         *,
         batch_size: int,
         seed: int,
@@ -160,7 +162,7 @@ class TestSampler(Sampler[list[Key]]):
 
     __test__ = False  # not a pytest class
 
-    def __init__(self, sizes: torch.Tensor, *, batch_size: int, rank: int = 0, world_size: int = 1) -> None:
+    def __init__(self, sizes: Tensor, *, batch_size: int, rank: int = 0, world_size: int = 1) -> None:
         order = (sizes[:, 1] / sizes[:, 0]).argsort(stable=True).tolist()
         batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
         self.batches = batches[rank::world_size]
@@ -174,7 +176,7 @@ class TestSampler(Sampler[list[Key]]):
 
 
 def collate(samples: Sequence[Sample], size_divisor: int = 32) -> Batch:
-    """Pad samples to one size, one box count and one count of fixed proposals.
+    """Pad samples to one size, one box count and one count of fixed proposals; images channels last in memory.
 
     Args:
         samples: N samples of any sizes, their images of one type.
@@ -184,12 +186,15 @@ def collate(samples: Sequence[Sample], size_divisor: int = 32) -> Batch:
     sizes = torch.tensor([tuple(s.image.shape[1:]) for s in samples])
     h, w = ((sizes.amax(0) + size_divisor - 1) // size_divisor * size_divisor).tolist()
     g = max(len(s.boxes) for s in samples)
-    images = torch.zeros((n, 3, h, w), dtype=samples[0].image.dtype)
+    images = _empty_images((n, h, w), samples[0].image.dtype)
     boxes = torch.zeros((n, g, 4))
     labels = torch.zeros((n, g), dtype=torch.int64)
     valid = torch.zeros((n, g), dtype=torch.bool)
     for i, s in enumerate(samples):
-        images[i, :, : s.image.shape[1], : s.image.shape[2]] = s.image
+        height, width = s.image.shape[1:]
+        images[i, :, :height, :width] = s.image
+        images[i, :, :height, width:] = 0
+        images[i, :, height:] = 0
         boxes[i, : len(s.boxes)] = s.boxes
         labels[i, : len(s.boxes)] = s.labels
         valid[i, : len(s.boxes)] = True
@@ -201,6 +206,18 @@ def collate(samples: Sequence[Sample], size_divisor: int = 32) -> Batch:
         original_sizes=torch.tensor([s.original_size for s in samples]),
         proposals=_collate_proposals(samples),
     )
+
+
+def _empty_images(size: tuple[int, int, int], dtype: torch.dtype) -> Tensor:
+    """Uninitialised (N, 3, H, W), channels last in memory.
+
+    A worker makes it in memory that the main process shares; moved there afterwards, images cost more than to decode.
+    """
+    n, h, w = size
+    if get_worker_info() is None:
+        return torch.empty((n, 3, h, w), dtype=dtype, memory_format=torch.channels_last)
+    storage = torch.UntypedStorage._new_shared(n * h * w * 3 * dtype.itemsize)  # what default_collate does, too
+    return torch.empty(0, dtype=dtype).set_(storage).view(n, h, w, 3).permute(0, 3, 1, 2)
 
 
 def _collate_proposals(samples: Sequence[Sample]) -> Proposals | None:
@@ -237,13 +254,16 @@ def make_loader(
         collate_fn=collate,
         pin_memory=pin_memory,
         persistent_workers=num_workers > 0,
-        worker_init_fn=partial(_leave_signals_to_parent, ending=ending),
+        worker_init_fn=partial(_start_worker, ending=ending),
     )
 
 
-def _leave_signals_to_parent(worker_id: int, *, ending: Event) -> None:
-    """Signals reach all processes of a terminal or job; the workers must outlive the step that the main one finishes.
+def _start_worker(worker_id: int, *, ending: Event) -> None:
+    """Keep the parent's memory shared, and leave signals to it.
 
+    A garbage collection writes to every object it looks at: 40 MB of the parent's would be copied into each worker.
+
+    Signals reach all processes of a terminal or job; the workers must outlive the step that the main one finishes.
     At its exit Python sends SIGTERM to the workers that are left and waits for them: that one they must obey.
     """
 
@@ -251,5 +271,7 @@ def _leave_signals_to_parent(worker_id: int, *, ending: Event) -> None:
         if ending.is_set():
             os._exit(0)
 
+    if multiprocessing.get_start_method() == "fork":
+        gc.freeze()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, obey_at_exit)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import json
 import math
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from fpn_det.data import cache, coco
 from fpn_det.data.coco import (
     CLIP_TOLERANCE_PX,
     CocoAnnotations,
@@ -358,6 +361,8 @@ def test_an_annotation_file_that_cannot_be_read(folder: Path, name: str) -> None
         ({"images": [image(name="")]}, "are missing, first ''. Set data.train.images"),
         ({"images": [image(name=".")]}, "are missing"),
         ({"images": [image(name="a\0b.jpg")]}, "are missing"),
+        ({"images": [image(name="a\0b/c.jpg")]}, "are missing"),
+        ({"images": [image(name="none/c.jpg")]}, "are missing, first 'none/c.jpg'"),
         ({"images": [image(name="a\nb.jpg", width=0)]}, r"('a\nb.jpg') needs"),
         ({"images": [image(name="\ud800.jpg")]}, r"first '\ud800.jpg'"),
         ({"images": [image(name="x" * 300)]}, "are missing"),
@@ -388,6 +393,138 @@ def test_categories_of_both_splits_must_agree(folder: Path) -> None:
         check_same_categories(both, renamed)
     with pytest.raises(InputError, match="different categories"):
         check_same_categories(both, load(folder, categories=[cat]))
+
+
+# What is kept for the next start
+
+
+@pytest.fixture
+def again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[Path, Path], CocoAnnotations]:
+    """`load_coco` as of the second time: from the cache, which also small files have here, or it fails."""
+    monkeypatch.setattr(cache, "MIN_BYTES", 0)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+    def load_again(path: Path, folder: Path, on_error: str = "drop") -> CocoAnnotations:
+        with monkeypatch.context() as patch:
+            patch.setattr(coco, "read_coco_json", lambda _: pytest.fail("read the annotation file"))
+            return load_coco(path, folder, on_error=on_error)
+
+    return load_again
+
+
+def identical(one: CocoAnnotations, other: CocoAnnotations) -> bool:
+    pairs = [(getattr(one, f.name), getattr(other, f.name)) for f in dataclasses.fields(one)]
+    return all(
+        torch.equal(a, b) and a.dtype == b.dtype if isinstance(a, Tensor) else a == b and type(a) is type(b)
+        for a, b in pairs
+    )
+
+
+def awkward(folder: Path) -> Path:
+    """A file with every kind of problem, crowd boxes, odd names and category ids, and an image without boxes."""
+    name = os.fsdecode(b"sub/h\xff\n.jpg")
+    (folder / "sub").mkdir()
+    (folder / name).touch()
+    bad = [[5, 5, 0, 3], [64, 5, 3, 3], [0, 0, 1e-320, 3], [1, 2, 3], [1, 2, None, 3], [-9, 3, 20, 10]]
+    ids = [None, "x", 1.5, 2**70, "\ud800", [[1]]]
+    return write(
+        folder,
+        images=[image(5, name), image(2**63 - 1), image(1, "b.jpg")],
+        categories=[{"id": 2**70, "name": "\ud800"}, {"id": -1, "name": "cat"}],
+        annotations=[
+            *(box(bbox, id=i, image_id=5, category_id=-1) for bbox, i in zip(bad, ids, strict=True)),
+            None,
+            box([1, 2, 3, 4]),
+            box([1, 2, 3.3, 4], category_id=2**70),
+            box([1, 2, 3, 4], category_id=-1, iscrowd=1),
+            box([7, 7, 3, 4], category_id=-1, image_id=5),
+        ],
+    )
+
+
+def test_a_data_set_is_the_same_from_the_cache(folder: Path, again: Callable[..., CocoAnnotations]) -> None:
+    path = awkward(folder)
+    first = load_coco(path, folder)
+    assert (len(first.boxes), first.num_crowd) == (3, 1)
+    ids = [None, "x", 1.5, 2**70, "\ud800", "[[1]]", None, 7]
+    assert [p.annotation_id for p in first.problems] == ids, "in the order of the file"
+    second = again(path, folder)
+    assert identical(first, second)
+    assert identical(first.without_empty(), second.without_empty())
+    assert format_problems(first.problems) == format_problems(second.problems)
+
+
+def test_a_data_set_without_boxes_is_the_same_from_the_cache(
+    folder: Path, again: Callable[..., CocoAnnotations]
+) -> None:
+    path = write(folder, annotations=[])
+    assert identical(load_coco(path, folder), again(path, folder))
+
+
+def test_bad_boxes_are_refused_from_the_cache_too(folder: Path, again: Callable[..., CocoAnnotations]) -> None:
+    path = awkward(folder)
+    messages = []
+    for load_file in (load_coco, again):
+        with pytest.raises(InputError, match="bbox outside its image") as caught:
+            load_file(path, folder, on_error="fail")
+        messages.append(str(caught.value))
+    assert messages[0] == messages[1]
+
+
+def test_images_are_looked_up_each_time(folder: Path, again: Callable[..., CocoAnnotations]) -> None:
+    path = awkward(folder)
+    load_coco(path, folder)
+    moved = folder.rename(folder.parent / "moved")
+    assert again(path, moved).path(1) == moved / "a.jpg"
+    (moved / "b.jpg").unlink()
+    with pytest.raises(InputError, match=r"1 of the 3 images of .* are missing, first 'b.jpg'"):
+        again(path, moved)
+    with pytest.raises(InputError, match="cannot read the image folder"):
+        again(path, folder)
+
+
+def test_an_edited_file_is_read_again(folder: Path, again: Callable[..., CocoAnnotations]) -> None:
+    path = write(folder)
+    assert load_coco(path, folder).boxes.tolist() == [[1, 2, 4, 6]]
+    before = path.stat()
+    path.write_text(path.read_text().replace("[1, 2, 3, 4]", "[9, 2, 3, 4]"))
+    os.utime(path, ns=(0, before.st_mtime_ns + 1))
+    assert path.stat().st_size == before.st_size
+    assert load_coco(path, folder).boxes.tolist() == [[9, 2, 12, 6]]
+    assert again(path, folder).boxes.tolist() == [[9, 2, 12, 6]]
+
+
+def test_the_cache_does_not_depend_on_the_boxes_that_are_wanted(
+    folder: Path, again: Callable[..., CocoAnnotations]
+) -> None:
+    """A refused file is read once; the way out that the message names then works at once."""
+    path = awkward(folder)
+    with pytest.raises(InputError):
+        load_coco(path, folder, on_error="fail")
+    assert len(again(path, folder).boxes) == 3
+
+
+def test_images_in_subfolders_take_one_listing_each(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not one call per file, which on a file server takes minutes."""
+    names = [f"{part}/{i}.jpg" for part in ("x", "x/y") for i in range(20)] + ["a.jpg"]
+    (folder / "x/y").mkdir(parents=True)
+    for name in names:
+        (folder / name).touch()
+    entries = [image(i, name) for i, name in enumerate(names)]
+    monkeypatch.setattr(os.path, "isfile", lambda path: pytest.fail(f"looked for {path}"))
+    assert len(load(folder, images=entries, annotations=[])) == 41
+
+
+def test_the_garbage_collector_rests_while_a_file_is_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And is left as it was, whatever happens."""
+    original, seen = coco.read_coco_json, []
+    monkeypatch.setattr(coco, "read_coco_json", lambda path: seen.append(gc.isenabled()) or original(path))
+    for switch in (gc.disable, gc.enable):
+        switch()
+        load(folder)
+        refusal(folder, b"junk")
+        assert gc.isenabled() == (switch is gc.enable)
+    assert seen == [False] * 4
 
 
 # Real data

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import itertools
 import json
+import multiprocessing
 import os
 import pickle
+import random
 import signal
 import subprocess
 import sys
@@ -25,6 +28,7 @@ import torch
 from PIL import Image
 
 from fpn_det.cli import user_errors
+from fpn_det.data import loader
 from fpn_det.data.coco import CocoAnnotations, load_coco
 from fpn_det.data.loader import (
     WINDOW_BATCHES,
@@ -232,6 +236,34 @@ def test_collate_to_another_divisor() -> None:
     assert collate([sample(65, 128, 1)], size_divisor=64).images.shape == (1, 3, 128, 128)
 
 
+@pytest.mark.parametrize("in_worker", [False, True])
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
+def test_collate_writes_every_pixel_of_memory_that_was_in_use(
+    monkeypatch: pytest.MonkeyPatch, in_worker: bool, dtype: torch.dtype
+) -> None:
+    """Channels last; in a worker it is the memory that the main process reads."""
+    memory = []
+
+    def used(*arguments: Any) -> torch.Tensor:
+        memory.append(original(*arguments).fill_(77))
+        return memory[0]
+
+    original = loader._empty_images
+    monkeypatch.setattr(loader, "_empty_images", used)
+    monkeypatch.setattr(loader, "get_worker_info", lambda: object() if in_worker else None)
+    samples = [sample(33, 20, 2), sample(64, 7, 0), sample(5, 32, 1)]
+    samples = [replace(s, image=s.image.to(dtype)) for s in samples]
+    images = collate(samples).images
+    assert images.data_ptr() == memory[0].data_ptr()
+    assert images.is_shared() == in_worker
+    assert images.stride() == (64 * 32 * 3, 1, 32 * 3, 3)
+    assert images.dtype == dtype
+    for image, s in zip(images, samples, strict=True):
+        h, w = s.image.shape[1:]
+        assert torch.equal(image[:, :h, :w], s.image)
+        assert image.count_nonzero() == s.image.numel(), "padding is zero"
+
+
 def with_proposals(before: Sample, count: int) -> Sample:
     scores = torch.rand(count).sort(descending=True).values
     return replace(before, proposals=torch.rand(count, 4) + 1, proposal_scores=scores)
@@ -329,6 +361,30 @@ def test_test_batches_in_a_persistent_loader_can_be_read_again(annotations: Coco
             assert batch.original_sizes[i].tolist() == [h, w]
             scale = torch.tensor([batch.sizes[i, 1] / w, batch.sizes[i, 0] / h]).repeat(2)
             torch.testing.assert_close(batch.targets.boxes[i][batch.targets.valid[i]], boxes * scale)
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_batches_arrive_channels_last(annotations: CocoAnnotations, num_workers: int) -> None:
+    """Also the batch of one image, whose strides torch takes for either layout."""
+    dataset = DetectionDataset(annotations, TRAIN)
+    for batch_size in (1, 3):
+        sampler = TestSampler(annotations.sizes, batch_size=batch_size)
+        for batch in make_loader(dataset, sampler, num_workers=num_workers, pin_memory=False):
+            _, _, h, w = batch.images.shape
+            assert batch.images.stride() == (3 * h * w, 1, 3 * w, 3)
+
+
+@pytest.mark.skipif(multiprocessing.get_start_method() != "fork", reason="only forked workers share memory")
+def test_the_collector_of_a_worker_leaves_the_memory_of_the_parent_alone(annotations: CocoAnnotations) -> None:
+    """It writes to all it looks at, and what is written to is shared no more."""
+
+    def count(sample: Sample, rng: random.Random) -> Sample:
+        return replace(sample, image_id=gc.get_freeze_count())
+
+    sampler = TestSampler(annotations.sizes, batch_size=10)
+    [batch] = make_loader(DetectionDataset(annotations, count), sampler, num_workers=1, pin_memory=False)
+    assert batch.image_ids.min() > 10_000
+    assert gc.get_freeze_count() < 1000
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ import random
 import resource
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -18,6 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 from torch import Tensor
+from torch.nn.functional import interpolate
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
 from fpn_det.data import transforms
@@ -452,13 +454,26 @@ def test_float_equals_torchvision(short_side: int, long_side: int) -> None:
         torch.testing.assert_close(after.image, expected, rtol=0, atol=1e-3)
 
 
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize(("resize", "antialias"), [("antialiased", True), ("float", False)])
+def test_the_layout_in_memory_changes_no_pixel(resize: ResizeKind, antialias: bool, size: tuple[int, int]) -> None:
+    """torch has code of its own for channels last; these are the pixels of the plain layout."""
+    for before in views():
+        plain = before.image.contiguous()
+        pixels = plain.float() if resize == "float" else plain
+        expected = interpolate(pixels[None], size=size, mode="bilinear", antialias=antialias)[0]
+        last = replace(before, image=plain.permute(1, 2, 0).contiguous().permute(2, 0, 1))
+        for view in (replace(before, image=plain), last):
+            assert torch.equal(resize_to(view, size, resize=resize).image, expected)
+
+
 @pytest.mark.parametrize("resize", KINDS)
 @pytest.mark.parametrize("size", SIZES)
 def test_boxes_are_scaled_along(resize: ResizeKind, size: tuple[int, int]) -> None:
     before, (h, w) = sample(), size
     after = resize_to(before, size, resize=resize)
     assert after.image.shape == (3, h, w)
-    assert after.image.is_contiguous()
+    assert resize == "opencv" or after.image.permute(1, 2, 0).is_contiguous(), "channels last stays"
     expected_boxes = [[0, 0, w, h], [10.5 * w / 80, 20 * h / 60, 30 * w / 80, 22.25 * h / 60]]
     torch.testing.assert_close(after.boxes, torch.tensor(expected_boxes))
     assert torch.equal(after.labels, before.labels)
