@@ -1,4 +1,4 @@
-"""Box arithmetic: pure functions on float32 XYXY boxes in pixels (IoU and NMS are `torchvision.ops`).
+"""Box arithmetic: pure functions on float32 XYXY boxes in pixels (IoU is in `models.matching`, NMS in `models.nms`).
 
 Coordinates are kept in float32 under autocast: float16 and bfloat16 cannot tell neighbouring pixels apart
 beyond 2048 and 256 respectively.
@@ -19,9 +19,10 @@ DeltaClamp = Literal["upper", "both"]
 """Whether dw and dh are bounded from above only, or by `-MAX_LOG_SCALE` from below too (MMDetection)."""
 
 Weights = tuple[float, float, float, float]
+UNIT_WEIGHTS: Weights = (1.0, 1.0, 1.0, 1.0)
 
 
-def encode(boxes: Tensor, reference: Tensor, weights: Weights = (1.0, 1.0, 1.0, 1.0)) -> Tensor:
+def encode(boxes: Tensor, reference: Tensor, weights: Weights = UNIT_WEIGHTS) -> Tensor:
     """Express `boxes` relative to `reference` (R-CNN, arXiv 1311.2524, appendix C).
 
     Args:
@@ -36,13 +37,13 @@ def encode(boxes: Tensor, reference: Tensor, weights: Weights = (1.0, 1.0, 1.0, 
     size, ref_size = boxes[..., 2:] - boxes[..., :2], reference[..., 2:] - reference[..., :2]
     center, ref_center = boxes[..., :2] + 0.5 * size, reference[..., :2] + 0.5 * ref_size
     deltas = torch.cat([(center - ref_center) / ref_size, torch.log(size / ref_size)], dim=-1)
-    return deltas * deltas.new_tensor(weights)
+    return deltas if weights == UNIT_WEIGHTS else deltas * _on_device(weights, deltas)
 
 
 def decode(
     deltas: Tensor,
     reference: Tensor,
-    weights: Weights = (1.0, 1.0, 1.0, 1.0),
+    weights: Weights = UNIT_WEIGHTS,
     *,
     delta_clamp: DeltaClamp = "upper",
 ) -> Tensor:
@@ -58,12 +59,18 @@ def decode(
         (..., 4) float32 XYXY boxes, not clipped.
     """
     deltas, reference = deltas.float(), reference.float()
-    deltas = deltas / deltas.new_tensor(weights)
+    if weights != UNIT_WEIGHTS:
+        deltas = deltas / _on_device(weights, deltas)
     ref_size = reference[..., 2:] - reference[..., :2]
     center = reference[..., :2] + 0.5 * ref_size + deltas[..., :2] * ref_size
     min_log_scale = -MAX_LOG_SCALE if delta_clamp == "both" else None
     half = 0.5 * ref_size * torch.exp(deltas[..., 2:].clamp(min=min_log_scale, max=MAX_LOG_SCALE))
     return torch.cat([center - half, center + half], dim=-1)
+
+
+def _on_device(weights: Weights, like: Tensor) -> Tensor:
+    """(4,) tensor of the weights, filled on the device: `new_tensor` would copy from the host and wait for it."""
+    return torch.cat([like.new_full((1,), weight) for weight in weights])
 
 
 def clip(boxes: Tensor, sizes: Tensor) -> Tensor:
@@ -98,4 +105,5 @@ def rescale(boxes: Tensor, from_size: Tensor, to_size: Tensor) -> Tensor:
 
 def nonempty(boxes: Tensor, min_size: float = 0.0) -> Tensor:
     """Which boxes (..., 4) are wider and higher than `min_size` pixels; (...,) bool, False for NaN."""
-    return (boxes[..., 2:] - boxes[..., :2] > min_size).all(dim=-1)
+    large = boxes[..., 2:] - boxes[..., :2] > min_size
+    return large[..., 0] & large[..., 1]

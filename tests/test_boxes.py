@@ -44,6 +44,15 @@ def test_decode_by_hand() -> None:
     assert decode(deltas, reference, (1.0, 2.0, 4.0, 5.0)).tolist() == pytest.approx([15, 35, 35, 45])
 
 
+@settings(max_examples=100, deadline=None)
+@given(boxes(), boxes(), weights)
+def test_weights_are_plain_factors(box: Tensor, reference: Tensor, weight: tuple[float, float, float, float]) -> None:
+    """To the bit, units included."""
+    deltas = encode(box, reference)
+    assert torch.equal(encode(box, reference, weight), deltas * torch.tensor(weight))
+    assert torch.equal(decode(deltas, reference, weight), decode(deltas / torch.tensor(weight), reference))
+
+
 def test_decode_clamps_growth_but_not_shrinking() -> None:
     assert math.exp(MAX_LOG_SCALE) == pytest.approx(1000 / 16)
     reference = torch.tensor([0.0, 0, 16, 16])

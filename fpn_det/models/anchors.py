@@ -6,6 +6,7 @@ Dimensions: A anchors of a level = height x width x sizes x ratios, in that orde
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -74,3 +75,45 @@ class Anchors(nn.Module):
         grid_y, grid_x = torch.meshgrid(y, x, indexing="ij")
         centers = torch.stack([grid_x, grid_y, grid_x, grid_y], dim=-1)
         return (centers[:, :, None] + cells).reshape(-1, 4)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AnchorPlace:
+    """Where anchors stand; every field is int64 and of the shape of the index it was found from.
+
+    Attributes:
+        row, column: in cells of the anchor's level.
+        height, width: of the level in cells.
+        level_start: cells of all finer levels.
+        shape: which of the location's anchors it is.
+    """
+
+    row: Tensor
+    column: Tensor
+    height: Tensor
+    width: Tensor
+    level_start: Tensor
+    shape: Tensor
+
+
+def locate(index: Tensor, shapes: Sequence[tuple[int, int]], *, num_per_location: int) -> AnchorPlace:
+    """Find the cells of anchors.
+
+    Args:
+        index: (...) int64 into the anchors of all levels.
+        shapes: (h, w) of each level in cells.
+        num_per_location: anchors per cell.
+    """
+    cell, shape = index.div(num_per_location, rounding_mode="floor"), index.remainder(num_per_location)
+    level_start = torch.zeros_like(cell)
+    height, width = torch.full_like(cell, shapes[0][0]), torch.full_like(cell, shapes[0][1])
+    start = 0
+    for i in range(1, len(shapes)):  # a table to look up in would have to be copied to the device
+        start += shapes[i - 1][0] * shapes[i - 1][1]
+        later = cell >= start
+        level_start.masked_fill_(later, start)
+        height.masked_fill_(later, shapes[i][0])
+        width.masked_fill_(later, shapes[i][1])
+    row = (cell - level_start).div(width, rounding_mode="floor")
+    column = cell - level_start - row * width
+    return AnchorPlace(row=row, column=column, height=height, width=width, level_start=level_start, shape=shape)

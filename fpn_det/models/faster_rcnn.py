@@ -82,7 +82,9 @@ class FasterRCNN(Pyramid):
             stats: scalars to be logged: `rpn_positives`, `roi_positives` (samples per image).
         """
         features = self.features(batch)
-        rpn_losses, rpn_stats, proposals = self.rpn.losses(features, batch.targets, batch.sizes)
+        # In this order: what autocast keeps of a weight that it met without gradients would have none later.
+        rpn_losses, rpn_stats = self.rpn.losses(features, batch.targets)
+        proposals = self.rpn.predict(features, batch.sizes)
         roi_losses, roi_stats = self.roi_head.losses(features, proposals, batch.targets, batch.sizes)
         return rpn_losses | roi_losses, rpn_stats | roi_stats
 
@@ -120,10 +122,7 @@ class ProposalNetwork(Pyramid):
 
     def forward(self, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Losses `rpn_objectness`, `rpn_box` and statistics `rpn_positives` (per image) of a batch."""
-        features = self.features(batch)
-        logits, deltas, anchors = self.rpn(features)
-        samples = self.rpn.sample(anchors, batch.targets)
-        return self.rpn.loss(logits, deltas, samples), {"rpn_positives": self.rpn.count_positives(samples)}
+        return self.rpn.losses(self.features(batch), batch.targets)
 
     @torch.no_grad()
     def propose(self, batch: Batch) -> Proposals:
@@ -134,11 +133,11 @@ class ProposalNetwork(Pyramid):
     def predict(self, batch: Batch) -> list[Detections]:
         """The proposals as detections of label 0 whose score is the objectness."""
         proposals = self.propose(batch)
+        labels = torch.zeros_like(proposals.scores, dtype=torch.int64)
+        counts = proposals.valid.sum(1).tolist()  # the valid ones come first
         return [
-            Detections(
-                boxes=boxes[valid], scores=scores[valid], labels=torch.zeros_like(scores[valid], dtype=torch.int64)
-            )
-            for boxes, scores, valid in zip(proposals.boxes, proposals.scores, proposals.valid, strict=True)
+            Detections(boxes=proposals.boxes[i, :count], scores=proposals.scores[i, :count], labels=labels[i, :count])
+            for i, count in enumerate(counts)
         ]
 
 

@@ -46,32 +46,34 @@ def match(boxes: Tensor, targets: Targets, *, min_best_iou: float = 0.0) -> Matc
             nothing has no best box (else every box would tie at zero).
     """
     n, g = targets.valid.shape
-    boxes = boxes.expand(n, -1, -1)
+    gt_boxes = torch.where(targets.valid[:, :, None], targets.boxes, 0)  # without area: overlaps nothing
+    boxes = boxes.mT.contiguous().mT.expand(n, -1, -1)  # each coordinate contiguous
     iou = boxes.new_zeros(n, boxes.shape[1])
     gt_index = torch.zeros_like(iou, dtype=torch.int64)
     is_best = torch.zeros_like(iou, dtype=torch.bool)
     chunk = max(1, IOU_CHUNK_ELEMENTS // max(1, iou.numel()))
     for start in range(0, g, chunk):
-        gt_boxes, gt_valid = targets.boxes[:, start : start + chunk], targets.valid[:, start : start + chunk]
-        chunk_iou = pairwise_iou(gt_boxes, boxes) * gt_valid[:, :, None]
+        chunk_iou = pairwise_iou(gt_boxes[:, start : start + chunk], boxes)
         best_of_gt = chunk_iou.amax(dim=2, keepdim=True)
         counts = (best_of_gt > 0) & (best_of_gt >= min_best_iou)
-        is_best |= ((chunk_iou == best_of_gt) & counts).any(dim=1)
+        is_best |= (chunk_iou == torch.where(counts, best_of_gt, torch.inf)).any(dim=1)
         chunk_best, chunk_index = chunk_iou.max(dim=1)
-        better = chunk_best > iou
-        iou = torch.where(better, chunk_best, iou)
-        gt_index = torch.where(better, chunk_index + start, gt_index)
+        gt_index = torch.where(chunk_best > iou, chunk_index.add_(start), gt_index)
+        iou = torch.maximum(chunk_best, iou)
     return Matches(gt_index=gt_index, iou=iou, is_best=is_best)
 
 
 def pairwise_iou(a: Tensor, b: Tensor) -> Tensor:
-    """IoU of (N, A, 4) against (N, B, 4) XYXY boxes of each image: (N, A, B) float32; 0 for boxes without area."""
-    overlap_min = torch.maximum(a[:, :, None, :2], b[:, None, :, :2])
-    overlap_max = torch.minimum(a[:, :, None, 2:], b[:, None, :, 2:])
-    intersection = (overlap_max - overlap_min).clamp_(min=0).prod(dim=-1)
-    area_a, area_b = ((x[..., 2:] - x[..., :2]).prod(dim=-1) for x in (a, b))
-    union = area_a[:, :, None] + area_b[:, None, :] - intersection
-    return torch.where(union > 0, intersection / union, 0)
+    """IoU of (N, A, 4) against (N, B, 4) XYXY boxes of each image: (N, A, B) float32; 0 for boxes without area.
+
+    In place and by coordinate: three (N, A, B) buffers at a time.
+    """
+    a_x1, a_y1, a_x2, a_y2 = a[:, :, None].unbind(-1)
+    b_x1, b_y1, b_x2, b_y2 = b[:, None].unbind(-1)
+    intersection = torch.minimum(a_x2, b_x2).sub_(torch.maximum(a_x1, b_x1)).clamp_(min=0)
+    intersection.mul_(torch.minimum(a_y2, b_y2).sub_(torch.maximum(a_y1, b_y1)).clamp_(min=0))
+    union = (a_x2 - a_x1) * (a_y2 - a_y1) + (b_x2 - b_x1) * (b_y2 - b_y1)
+    return intersection.div_(union.sub_(intersection)).nan_to_num_(nan=0)  # 0 / 0 of two boxes without area
 
 
 @torch.no_grad()

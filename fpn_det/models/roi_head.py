@@ -19,7 +19,7 @@ from fpn_det import boxes as box_ops
 from fpn_det.models.backbone import Layer4
 from fpn_det.models.box_loss import BoxLoss, box_loss
 from fpn_det.models.matching import match, sample
-from fpn_det.models.nms import grouped_nms
+from fpn_det.models.nms import best, nms_per_class
 from fpn_det.models.norms import Norm, conv_norm
 from fpn_det.models.roi_pool import MultiLevelRoIAlign
 from fpn_det.structures import Detections, Proposals, Targets
@@ -293,13 +293,20 @@ class RoIHead(nn.Module):
         kept = (scores > self.score_thresh) & valid[:, :, None] & box_ops.nonempty(boxes, min_size)
         labels = torch.arange(self.num_classes, device=scores.device).expand_as(scores)
         boxes, scores, labels, kept = (x.flatten(1, 2) for x in (boxes, scores, labels, kept))
-        index, kept = grouped_nms(
+        index, kept = nms_per_class(
             boxes, scores, labels, kept, iou_thresh=self.nms_thresh, top_k=self.detections_per_image
         )
-        keep = [index[i, kept[i]] for i in range(len(boxes))]
         if self.min_size is None:
-            keep = [k[box_ops.nonempty(boxes[i, k])] for i, k in enumerate(keep)]
-        return [Detections(boxes=boxes[i, k], scores=scores[i, k], labels=labels[i, k]) for i, k in enumerate(keep)]
+            kept = kept & box_ops.nonempty(boxes.gather(1, index[:, :, None].expand(-1, -1, 4)))
+            position, kept = best(scores.gather(1, index), kept, top_k=index.shape[1])
+            index = index.gather(1, position)
+        boxes = boxes.gather(1, index[:, :, None].expand(-1, -1, 4))
+        scores, labels = scores.gather(1, index), labels.gather(1, index)
+        counts = kept.sum(1).tolist()  # waits for the device, once for all images
+        return [
+            Detections(boxes=boxes[i, :count], scores=scores[i, :count], labels=labels[i, :count])
+            for i, count in enumerate(counts)
+        ]
 
 
 class CascadeRoIHead(nn.Module):

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 
-from fpn_det.models.anchors import Anchors
+from fpn_det.models.anchors import Anchors, locate
 
 SIZES, RATIOS, STRIDES = (32, 64, 128, 256, 512), (0.5, 1, 2), (4, 8, 16, 32, 64)
 
@@ -103,3 +103,19 @@ def test_inferred_strides_by_hand() -> None:
     centers = ((p6[:, :2] + p6[:, 2:]) / 2).view(13, 17, 2)
     assert centers[1, 1].tolist() == [64, 61]
     assert centers[12, 16].tolist() == [16 * 64, 12 * 61]
+
+
+def test_locate() -> None:
+    """Every anchor's place by counting."""
+    shapes = [(3, 4), (2, 2), (1, 1)]
+    counted = [
+        (row, column, h, w, sum(a * b for a, b in shapes[:i]), shape)
+        for i, (h, w) in enumerate(shapes)
+        for row in range(h)
+        for column in range(w)
+        for shape in range(3)
+    ]
+    index = torch.randperm(len(counted)).view(3, 17)
+    place = locate(index, shapes, num_per_location=3)
+    fields = (place.row, place.column, place.height, place.width, place.level_start, place.shape)
+    assert [tuple(f.flatten()[i].item() for f in fields) for i in range(51)] == [counted[i] for i in index.flatten()]

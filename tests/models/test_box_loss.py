@@ -3,9 +3,10 @@ import math
 import pytest
 import torch
 from torch import Tensor
+from torchvision.ops import complete_box_iou_loss, distance_box_iou_loss, generalized_box_iou_loss
 
 from fpn_det import boxes as box_ops
-from fpn_det.models.box_loss import box_loss
+from fpn_det.models.box_loss import box_loss, iou_loss
 
 WEIGHTS = (10.0, 10.0, 5.0, 5.0)
 IOU_KINDS = ["giou", "diou", "ciou"]
@@ -52,6 +53,24 @@ def test_iou_losses_by_hand(kind: str, weights: box_ops.Weights) -> None:
     assert len(expected) == 5
     assert found.shape == ()
     assert found.item() == pytest.approx(sum(expected), rel=1e-4)
+
+
+@pytest.mark.parametrize("kind", IOU_KINDS)
+def test_iou_losses_equal_torchvision(kind: str) -> None:
+    """Values and gradients; boxes overlap, touch, are equal or apart."""
+    reference = {"giou": generalized_box_iou_loss, "diou": distance_box_iou_loss, "ciou": complete_box_iou_loss}[kind]
+    corner, size = torch.randint(0, 6, (2, 400, 2)).float(), torch.randint(1, 5, (2, 400, 2))
+    pred, gt_boxes = torch.cat([corner, corner + size], dim=-1)
+    overlap = torch.minimum(pred[:, 2:], gt_boxes[:, 2:]) - torch.maximum(pred[:, :2], gt_boxes[:, :2])
+    smaller = overlap.amin(dim=1)
+    assert set(smaller.sign().tolist()) == {-1, 0, 1}
+    assert (pred == gt_boxes).all(dim=1).any()
+    ours, theirs = (pred.clone().requires_grad_() for _ in range(2))
+    found, expected = iou_loss(ours, gt_boxes, kind=kind), reference(theirs, gt_boxes)
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+    found.sum().backward()
+    expected.sum().backward()
+    torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("weights", [(1.0, 1.0, 1.0, 1.0), WEIGHTS])

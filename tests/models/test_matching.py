@@ -139,6 +139,28 @@ def test_pairwise_iou_equals_torchvision() -> None:
     torch.testing.assert_close(pairwise_iou(a, b), expected)
 
 
+def test_pairwise_iou_equals_the_plain_form() -> None:
+    """To the bit: equal, touching, distant boxes and such without area."""
+    corners = torch.randint(0, 6, (2, 200, 2, 2)) * torch.rand(2, 1, 1, 1) * 100
+    boxes = torch.cat([corners.amin(2), corners.amax(2)], dim=-1)
+    a, b = boxes[:, :80], boxes[:, 60:]
+    size = torch.minimum(a[:, :, None, 2:], b[:, None, :, 2:]) - torch.maximum(a[:, :, None, :2], b[:, None, :, :2])
+    intersection = size.clamp(min=0).prod(dim=-1)
+    area_a, area_b = ((x[..., 2:] - x[..., :2]).prod(dim=-1) for x in (a, b))
+    union = area_a[:, :, None] + area_b[:, None] - intersection
+    assert (union == 0).any()
+    assert torch.equal(pairwise_iou(a, b), torch.where(union > 0, intersection / union, 0))
+
+
+def test_inputs_are_left_alone() -> None:
+    """IoUs are computed in place, the boxes are the caller's."""
+    boxes, targets = torch.rand(2, 5, 4), make_targets([[(0, 0, 1, 1), (0, 0, 2, 2)], []], holes=True)[0]
+    before = boxes.clone(), targets.boxes.clone()
+    match(boxes, targets)
+    assert torch.equal(boxes, before[0])
+    assert torch.equal(targets.boxes, before[1])
+
+
 @st.composite
 def masks(draw: st.DrawFn) -> tuple[Tensor, Tensor]:
     """(N, B) positive, negative; the rest is ignored."""

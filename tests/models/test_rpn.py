@@ -25,6 +25,12 @@ def outputs(rpn: RPN, n: int = 2) -> tuple[list[Tensor], list[Tensor], list[Tens
     return logits, [torch.randn(n, len(a), 4) * 0.3 for a in anchors], anchors
 
 
+def pick(logits: list[Tensor], deltas: list[Tensor], samples: AnchorSamples) -> tuple[Tensor, Tensor]:
+    """The outputs of the samples among those of all anchors."""
+    index = samples.index
+    return torch.cat(logits, 1).gather(1, index), torch.cat(deltas, 1).gather(1, index[..., None].expand(-1, -1, 4))
+
+
 def test_head_order_is_that_of_the_anchors() -> None:
     head = RPNHead(in_channels=4, num_anchors=3)
     feature = torch.randn(2, 4, 5, 6)
@@ -61,6 +67,53 @@ def test_head_of_two_convolutions() -> None:
     assert torch.equal(logits, head.objectness(hidden).permute(0, 2, 3, 1).flatten(1))
     assert torch.equal(deltas.flatten(1), head.deltas(hidden).permute(0, 2, 3, 1).flatten(1))
     assert [c.out_channels for c in RPNHead(in_channels=4, num_anchors=3, num_convs=2).convs] == [4, 4]
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("kind", ["0 convs", "1 conv", "2 convs", "3 convs", "unshared"])
+def test_outputs_of_some_anchors(kind: str, memory_format: torch.memory_format) -> None:
+    """Of every anchor, those at the borders of all levels included, and one twice: as of the whole levels, so are the
+    gradients of features and weights."""
+    heads = [
+        RPNHead(in_channels=4, num_anchors=3, channels=6 if "conv" in kind and kind[0] > "0" else 4, num_convs=convs)
+        for convs in ([1, 1, 1] if kind == "unshared" else [int(kind[0])])
+    ]
+    head = UnsharedRPNHead(heads) if kind == "unshared" else heads[0]
+    head.double()
+    for parameter in head.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    shapes = [(5, 4), (3, 6), (1, 2)]
+    features = [
+        torch.randn(2, 4, *s, dtype=torch.float64).to(memory_format=memory_format).requires_grad_() for s in shapes
+    ]
+    index = torch.stack([torch.randperm(120), torch.randperm(120)])
+    index = torch.cat([index, index[:, :1]], 1)
+    inputs = [*features, *head.parameters()]
+    logits, deltas = head(features)
+    expected = torch.cat(logits, 1).gather(1, index), torch.cat(deltas, 1).gather(1, index[..., None].expand(-1, -1, 4))
+    actual = head.at(features, index)
+    grad = [torch.randn_like(x) for x in expected]
+    for a, b in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, b)
+    theirs = torch.autograd.grad(expected, inputs, grad)
+    for a, b in zip(torch.autograd.grad(actual, inputs, grad), theirs, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_losses_are_those_of_the_outputs_of_all_anchors(make_targets) -> None:
+    rpn = make_rpn(num_samples=40, positive_iou=0.4)
+    features = [torch.randn(2, 4, *shape) for shape in SHAPES]
+    targets = make_targets([[[4, 4, 22, 18]], [[3, 1, 30, 19]]], [[0], [1]])
+    torch.manual_seed(1)
+    losses, stats = rpn.losses(features, targets)
+    logits, deltas, anchors = rpn(features)
+    torch.manual_seed(1)
+    samples = rpn.sample(anchors, targets)
+    expected = rpn.loss(*pick(logits, deltas, samples), samples)
+    assert losses.keys() == expected.keys()
+    for name, loss in losses.items():
+        torch.testing.assert_close(loss, expected[name])
+    assert stats["rpn_positives"] == samples.is_positive.sum() / 2 > 0
 
 
 def test_unshared_head() -> None:
@@ -145,7 +198,7 @@ def test_no_ground_truth_at_all(make_targets) -> None:
     samples = rpn.sample(anchors, make_targets([[], []], [[], []]))
     assert samples.valid.all()
     assert not samples.is_positive.any()
-    losses = rpn.loss(logits, deltas, samples)
+    losses = rpn.loss(*pick(logits, deltas, samples), samples)
     assert losses["rpn_box"] == 0
     assert losses["rpn_objectness"] > 0
 
@@ -168,7 +221,7 @@ def test_loss_by_hand(beta: float) -> None:
         anchors=anchors,
         gt_boxes=box_ops.decode(targets, anchors),
     )
-    losses = rpn.loss(logits, deltas, samples)
+    losses = rpn.loss(*pick(logits, deltas, samples), samples)
 
     def distance(x: float) -> float:
         x = abs(x)
@@ -185,14 +238,14 @@ def test_iou_loss_and_weight(make_targets) -> None:
     rpn = make_rpn(num_samples=40, positive_iou=0.4, box_loss="giou")
     logits, deltas, anchors = outputs(rpn)
     samples = rpn.sample(anchors, make_targets([[[4, 4, 22, 18]], [[3, 1, 30, 19]]], [[0], [1]]))
-    losses = rpn.loss(logits, deltas, samples)
+    outputs_of_samples = pick(logits, deltas, samples)
+    losses = rpn.loss(*outputs_of_samples, samples)
     positive = samples.is_positive
     assert positive.any(1).all()
-    picked = torch.cat(deltas, 1).gather(1, samples.index[..., None].expand(-1, -1, 4))[positive]
-    pred = box_ops.decode(picked, samples.anchors[positive])
+    pred = box_ops.decode(outputs_of_samples[1][positive], samples.anchors[positive])
     expected = generalized_box_iou_loss(pred, samples.gt_boxes[positive], reduction="sum") / 80
     torch.testing.assert_close(losses["rpn_box"], expected)
-    weighted = make_rpn(num_samples=40, box_loss="giou", box_loss_weight=3.0).loss(logits, deltas, samples)
+    weighted = make_rpn(num_samples=40, box_loss="giou", box_loss_weight=3.0).loss(*outputs_of_samples, samples)
     torch.testing.assert_close(weighted["rpn_box"], 3 * expected)
     assert torch.equal(weighted["rpn_objectness"], losses["rpn_objectness"])
 
@@ -204,7 +257,7 @@ def test_every_box_loss_trains(make_targets, kind: str) -> None:
     for delta in deltas:
         delta.requires_grad_()
     samples = rpn.sample(anchors, make_targets([[torch.cat(anchors)[100].tolist()], []], [[0], []]))
-    rpn.loss(logits, deltas, samples)["rpn_box"].backward()
+    rpn.loss(*pick(logits, deltas, samples), samples)["rpn_box"].backward()
     grad = torch.cat([d.grad for d in deltas], dim=1)
     assert grad.isfinite().all()
     chosen = torch.zeros(grad.shape[:2], dtype=torch.bool).scatter(1, samples.index, samples.is_positive)
@@ -225,7 +278,7 @@ def test_proposals_are_clamped_on_both_sides() -> None:
 def test_loss_divisor_counts_images() -> None:
     """The same image twice: the same loss."""
     rpn = make_rpn(num_samples=7)
-    logits, deltas = [torch.randn(1, 6)], [torch.randn(1, 6, 4)]
+    logits, deltas = torch.randn(1, 3), torch.randn(1, 3, 4)
     samples = {
         "index": torch.tensor([[2, 0, 5]]),
         "is_positive": torch.tensor([[True, False, False]]),
@@ -235,7 +288,7 @@ def test_loss_divisor_counts_images() -> None:
     }
     one = rpn.loss(logits, deltas, AnchorSamples(**samples))
     twice = {name: x.repeat(2, *[1] * (x.dim() - 1)) for name, x in samples.items()}
-    two = rpn.loss([logits[0].repeat(2, 1)], [deltas[0].repeat(2, 1, 1)], AnchorSamples(**twice))
+    two = rpn.loss(logits.repeat(2, 1), deltas.repeat(2, 1, 1), AnchorSamples(**twice))
     for name in ("rpn_objectness", "rpn_box"):
         assert two[name].item() == pytest.approx(one[name].item(), rel=1e-5)
 
