@@ -291,7 +291,7 @@ class Bench:
             row = rows[name]
             low, median, high = np.percentile(samples[name], [25, 50, 75]).tolist()
             row |= {"median_s": median, "quartiles_s": [low, high], "blocks": len(samples[name]), "steps": block}
-            row |= {"gflop": flops / 1e9, "tflops": flops / 1e12 / median, "of_matmul": flops / 1e12 / median / ceiling}
+            row |= {"gflop": flops / 1e9, "tflops": flops / 1e12 / median, "of_ceiling": flops / 1e12 / median / ceiling}
             row["data_wait"] = runner.data_wait
             try:
                 if self.cuda:

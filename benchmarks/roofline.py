@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import conv2d
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
@@ -84,7 +85,11 @@ def size(tree: Any) -> int:
 
 
 def ceilings(device: torch.device, *, tiny: bool = False) -> dict[str, float]:
-    """Best of several: TFLOP/s of a matrix product per precision, and GB/s of a copy (bytes read and written)."""
+    """Best of several: TFLOP/s per precision, and GB/s of a copy (bytes read and written).
+
+    A precision's ceiling is that of a matrix product or of a 3x3 convolution of 256 channels, whichever is higher: on
+    CPUs they come from different libraries. `... matmul` is the matrix product's.
+    """
     on_gpu = device.type == "cuda"
     n = 64 if tiny else 8192 if on_gpu else 2048
     found = {}
@@ -93,7 +98,15 @@ def ceilings(device: torch.device, *, tiny: bool = False) -> dict[str, float]:
             continue
         set_tf32(precision == "tf32")
         a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
-        found[precision] = 2 * n**3 / best_seconds(lambda a=a, b=b: a @ b, device) / 1e12  # type: ignore[misc]
+        product = 2 * n**3 / best_seconds(lambda a=a, b=b: a @ b, device) / 1e12  # type: ignore[misc]
+        cells = 16 if tiny else 512 if on_gpu else 128
+        x, weight = (
+            torch.randn(size, device=device, dtype=dtype).contiguous(memory_format=torch.channels_last)
+            for size in ((1, 256, cells, cells), (256, 256, 3, 3))
+        )
+        seconds = best_seconds(lambda x=x, weight=weight: conv2d(x, weight, padding=1), device)  # type: ignore[misc]
+        found[precision] = max(product, 2 * 9 * 256**2 * cells**2 / seconds / 1e12)
+        found[f"{precision} matmul"] = product
     source = torch.ones(2**18 if tiny else 2**29 if on_gpu else 2**26, device=device)
     target = torch.empty_like(source)
     found["GB/s"] = 2 * size(source) / best_seconds(lambda: target.copy_(source), device) / 1e9

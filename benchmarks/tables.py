@@ -50,7 +50,7 @@ def report(results: Results, *, folded: bool = False) -> str:
     title = f"## {device['name']}"
     versions = ", ".join(f"{key} {value}" for key, value in device.items() if key != "name")
     peaks = ", ".join(f"{v:.3g} {'' if k == 'GB/s' else 'TFLOP/s '}{k}" for k, v in ceilings.items())
-    blocks = [title, f"{versions}.", f"Measured ceilings (matrix products, copy): {peaks}."]
+    blocks = [title, f"{versions}.", f"Measured ceilings (matrix product or 3x3 convolution, copy): {peaks}."]
     if cases := results["cases"]:
         blocks += ["### Images per second, and times torchvision's best setting", summary(cases)]
         details = every_setting(cases)
@@ -94,7 +94,7 @@ COLUMNS = {
     "quartiles": lambda r: f"{1e3 * r['quartiles_s'][0]:.4g} - {1e3 * r['quartiles_s'][1]:.4g}",
     "first step s": lambda r: f"{r['first_s']:.3g}",
     "TFLOP/s": lambda r: f"{r['tflops']:.3g}",
-    "of matmul": lambda r: f"{r['of_matmul']:.0%}",
+    "of ceiling": lambda r: f"{r['of_ceiling']:.0%}",
     "peak GiB": lambda r: f"{r['peak_gib']:.3g}",
     "syncs": lambda r: str(r["syncs"]),
     "kernels": lambda r: str(r["kernels"]),

@@ -361,3 +361,25 @@ def test_predict_without_proposals() -> None:
     none = make_head().eval().predict(features, propose(torch.zeros(2, 0, 4)), SIZES)
     padding = propose(torch.zeros(2, 3, 4), torch.zeros(2, 3, dtype=torch.bool))
     assert [len(d) for d in none] == [len(d) for d in make_head().eval().predict(features, padding, SIZES)] == [0, 0]
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("num_rois", [0, 3])
+def test_first_layer_reads_features_as_rows(num_rois: int, memory_format: torch.memory_format) -> None:
+    """The float32 form on CPUs, a convolution, against the matrix product in float64, gradients too."""
+    head = ConvFCHead(in_channels=4, pool_size=5, fc_dim=6, num_fcs=2)
+    x = torch.randn(num_rois, 4, 5, 5).contiguous(memory_format=memory_format).requires_grad_()
+    first, second = head.fcs
+    nn.init.normal_(first.bias)
+    hidden = (x.double().flatten(1) @ first.weight.double().T + first.bias).relu()
+    expected = (hidden @ second.weight.double().T + second.bias).relu()
+    actual = head(x)
+    assert actual.shape == (num_rois, 6)
+    torch.testing.assert_close(actual, expected.float())
+    inputs = [x, *head.parameters()]
+    for ours, theirs in zip(
+        torch.autograd.grad(actual.square().sum(), inputs),
+        torch.autograd.grad(expected.square().sum(), inputs),
+        strict=True,
+    ):
+        torch.testing.assert_close(ours, theirs)
