@@ -291,7 +291,8 @@ class Bench:
             row = rows[name]
             low, median, high = np.percentile(samples[name], [25, 50, 75]).tolist()
             row |= {"median_s": median, "quartiles_s": [low, high], "blocks": len(samples[name]), "steps": block}
-            row |= {"gflop": flops / 1e9, "tflops": flops / 1e12 / median, "of_ceiling": flops / 1e12 / median / ceiling}
+            tflops = flops / 1e12 / median
+            row |= {"gflop": flops / 1e9, "tflops": tflops, "of_ceiling": tflops / ceiling}
             row["data_wait"] = runner.data_wait
             try:
                 if self.cuda:
