@@ -277,6 +277,7 @@ class Bench:
         def sample(name: str) -> None:
             runners[name].run(unmeasured)
             samples[name].append(self.seconds(runners[name], block) / block)
+            rows[name]["data_wait"] = runners[name].data_wait
 
         for name in variants:
             attempt(start, name)
@@ -291,9 +292,9 @@ class Bench:
             row = rows[name]
             low, median, high = np.percentile(samples[name], [25, 50, 75]).tolist()
             row |= {"median_s": median, "quartiles_s": [low, high], "blocks": len(samples[name]), "steps": block}
-            tflops = flops / 1e12 / median
-            row |= {"gflop": flops / 1e9, "tflops": tflops, "of_ceiling": tflops / ceiling}
-            row["data_wait"] = runner.data_wait
+            if flops:
+                tflops = flops / 1e12 / median
+                row |= {"gflop": flops / 1e9, "tflops": tflops, "of_ceiling": tflops / ceiling}
             try:
                 if self.cuda:
                     row |= cuda_details(runner)

@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.transforms import functional as tv
@@ -32,6 +32,7 @@ from torchvision.transforms import functional as tv
 from fpn_det.data.coco import TENSORS, CocoAnnotations, load_coco
 from fpn_det.data.loader import DetectionDataset, Key, TestSampler, TrainSampler, collate, make_loader
 from fpn_det.data.transforms import TrainTransform, find_images, flip_horizontally, load_image, resize_to, resized_size
+from fpn_det.models.faster_rcnn import Pyramid
 from fpn_det.structures import Batch, Sample
 
 SHORT_SIDE, LONG_SIDE = 800, 1333
@@ -84,14 +85,15 @@ def loader_breakdown(folder: Path, *, batch_size: int = 4, num_batches: int = 50
     paths = find_images(folder)
     stream = list(islice(cycle(paths), batch_size * (num_batches + 1)))
     ours, theirs = Times(list), Times(list)
-    mean, std = (255 * torch.tensor(values)[:, None, None] for values in (MEAN, STD))
+    pixel_mean, pixel_std = ([255 * x for x in values] for values in (MEAN, STD))
+    pyramid = Pyramid(backbone=nn.Identity(), neck=nn.Identity(), pixel_mean=pixel_mean, pixel_std=pixel_std)
     transform = GeneralizedRCNNTransform(SHORT_SIDE, LONG_SIDE, MEAN, STD)
     with _one_thread():
         for batch in (stream[i : i + batch_size] for i in range(0, len(stream), batch_size)):
             with _timed(ours, "total"):
-                images = _load(batch, ours).images
+                loaded = _load(batch, ours)
             with _timed(ours, "normalise"):
-                images.float().sub_(mean).mul_(1 / std)
+                pyramid.normalize(loaded.images, loaded.sizes)
             with _timed(theirs, "total"):
                 _load_like_torchvision(batch, theirs, transform)
         rates = _worker_rates(paths, batch_size=batch_size, num_batches=num_batches)

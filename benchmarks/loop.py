@@ -11,7 +11,6 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,7 +19,7 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, RandomSampler
 from torchvision.io import write_jpeg
 from torchvision.transforms.functional import convert_image_dtype, hflip, pil_to_tensor
 
@@ -74,16 +73,16 @@ def torchvision(case: Case, device: torch.device, *, channels_last: bool = False
     _, data = dataset(case)
     model = steps.torchvision_model(case, min_size=case.height, max_size=case.width)
     steps.to_device(model, device, channels_last=channels_last, compiled=compiled)
-    stream = endless(
+    dataset_of_files = TheirDataset(data)
+    stream = iter(
         DataLoader(
-            TheirDataset(data),
+            dataset_of_files,
             batch_size=case.batch,
-            shuffle=True,
-            drop_last=True,
+            # Without end: epochs as short as these would stop the workers every few steps, which COCO's do not.
+            sampler=RandomSampler(dataset_of_files, num_samples=10**7),
             num_workers=num_workers(),
             collate_fn=transpose,
             pin_memory=device.type == "cuda",
-            persistent_workers=num_workers() > 0,
         )
     )
     waited = 0.0
@@ -131,12 +130,6 @@ class TheirDataset(Dataset[tuple[Tensor, dict[str, Tensor]]]):
 def transpose(samples: list[tuple[Any, Any]]) -> tuple[list[Any], ...]:
     """Their collation: a list of images and a list of targets."""
     return tuple(map(list, zip(*samples, strict=True)))
-
-
-def endless(loader: DataLoader[Any]) -> Iterator[Any]:
-    """Epoch after epoch."""
-    while True:
-        yield from loader
 
 
 def num_workers() -> int:

@@ -309,8 +309,8 @@ def build_model(config: Config, num_classes: int, *, pretrained: bool) -> Detect
 
 def place(config: Config, model: Detector, device: torch.device) -> Detector:
     """Move a detector to where and how it computes (`runtime`); its parameters stay the same objects."""
-    memory_format = torch.channels_last if config.runtime.channels_last else torch.preserve_format
-    model.to(device, memory_format=memory_format)  # type: ignore[call-overload]
+    model.memory_format = torch.channels_last if config.runtime.channels_last else torch.contiguous_format
+    model.to(device, memory_format=model.memory_format)  # type: ignore[call-overload]
     if device.type == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.runtime.tf32
     if config.runtime.compile:

@@ -71,7 +71,7 @@ class Sample:
     """One image with its boxes, as it comes out of the transforms.
 
     Attributes:
-        image: (3, H, W) uint8, or float32 in 0..255 (`data.resize: float`), RGB, channels last in memory.
+        image: (3, H, W) uint8, or float32 in 0..255 (`data.resize: float`), RGB.
         boxes: (G, 4) float32, in the frame of `image`.
         labels: (G,) int64, 0..K-1.
         image_id: the data set's own id of the image.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import sys
 from collections.abc import Sequence
 from functools import partial
 from itertools import islice
@@ -11,18 +12,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch._dynamo.testing import CompileCounter
-from torchvision.ops import FrozenBatchNorm2d, roi_align
+from torchvision.ops import FrozenBatchNorm2d
 
 from fpn_det import build
 from fpn_det.config import Config, load_config
 from fpn_det.engine.checkpoint import save_checkpoint
-from fpn_det.models import backbone
 from fpn_det.models.faster_rcnn import FasterRCNN
-from fpn_det.models.roi_pool import MultiLevelRoIAlign
-from fpn_det.models.rpn import RPNHead, UnsharedRPNHead
 from fpn_det.structures import Batch, Categories
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from benchmarks.plain import SWITCHES_OFF, plain
 
 CPU = torch.device("cpu")
 CATEGORIES = Categories(tuple(range(1, 6)), ("circle", "square", "triangle", "cross", "ring"))
@@ -53,17 +55,6 @@ def frozen_detector(config: Config, seed: int = 0) -> FasterRCNN:
 FROZEN = ("model.backbone.norm=frozen_bn", "model.backbone.weights=IMAGENET1K_V1", "model.backbone.frozen_stages=2")
 
 
-def pool_level_by_level(self: MultiLevelRoIAlign, features: Sequence[Tensor], boxes: Tensor) -> Tensor:
-    level = self.assign_levels(boxes.flatten(0, 1))
-    image = torch.arange(len(boxes)).repeat_interleave(boxes.shape[1])
-    rois = torch.cat([image[:, None], boxes.flatten(0, 1)], 1)
-    pooled = torch.zeros(len(rois), features[0].shape[1], self.output_size, self.output_size)
-    for i, stride in enumerate(self.strides):
-        options = {"spatial_scale": 1 / stride, "sampling_ratio": self.sampling_ratio, "aligned": self.aligned}
-        pooled[level == i] = roi_align(features[i], rois[level == i], output_size=self.output_size, **options)
-    return pooled
-
-
 def twenty_losses(config: Config, batches: Sequence[Batch]) -> list[float]:
     model = build.place(config, frozen_detector(config), CPU).train()
     optimizer = build.build_optimizer(config, model)
@@ -79,29 +70,25 @@ def twenty_losses(config: Config, batches: Sequence[Batch]) -> list[float]:
     return found
 
 
-def test_twenty_steps_equal_the_plain_path(read, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Folded norms, sampled RPN outputs, RoIAlign as an embedding bag, channels last, the fused optimiser."""
+def test_twenty_steps_equal_the_plain_path(read) -> None:
+    """Folded norms, sampled RPN outputs, RoIAlign as an embedding bag, a layer as a convolution, `runtime.*`."""
     config = read(*FROZEN, "optim.lr=5e-3", "optim.kind=sgd")
     batches = list(islice(build.build_train_loader(config, build.load_train_data(config)), 4))
     fast = twenty_losses(config, batches)
-    monkeypatch.setattr(backbone, "apply_conv_norm", lambda conv, norm, x: norm(conv(x)))
-    monkeypatch.setattr(RPNHead, "at", UnsharedRPNHead.at)
-    monkeypatch.setattr(MultiLevelRoIAlign, "forward", pool_level_by_level)
-    plain = twenty_losses(read(*FROZEN, "optim.lr=5e-3", "optim.kind=sgd", *RUNTIME_OFF), batches)
-    assert plain[-1] < 0.9 * plain[0]  # it learns
-    assert fast == pytest.approx(plain, rel=1e-5)
-    assert fast != plain  # two paths were run
-
-
-RUNTIME_OFF = ("runtime.channels_last=false", "runtime.fused_optimizer=false", "runtime.tf32=false")
+    with plain():
+        expected = twenty_losses(read(*FROZEN, "optim.lr=5e-3", "optim.kind=sgd", *SWITCHES_OFF), batches)
+    assert expected[-1] < 0.9 * expected[0]  # it learns
+    assert fast == pytest.approx(expected, rel=1e-5)
+    assert fast != expected  # two paths were run
 
 
 def test_switches(read) -> None:
-    def convolution(config: Config) -> Tensor:
-        return build.place(config, build.build_model(config, 5, pretrained=False), CPU).backbone.layer2[0].conv1.weight
-
-    assert convolution(read()).is_contiguous(memory_format=torch.channels_last)
-    assert convolution(read("runtime.channels_last=false")).is_contiguous()
+    batch = next(iter(build.build_train_loader(read(), build.load_train_data(read()))))
+    formats = {(): torch.channels_last, ("runtime.channels_last=false",): torch.contiguous_format}
+    for overrides, memory_format in formats.items():
+        model = build.place(read(*overrides), build.build_model(read(), 5, pretrained=False), CPU)
+        assert model.backbone.layer2[0].conv2.weight.is_contiguous(memory_format=memory_format)
+        assert model.features(batch)[0].is_contiguous(memory_format=memory_format)
     for overrides, fused in (((), True), (("runtime.fused_optimizer=false",), False)):
         for kind in ("sgd", "adamw"):
             config = read(f"optim.kind={kind}", *overrides)
@@ -115,19 +102,19 @@ def test_compiled(read, monkeypatch: pytest.MonkeyPatch) -> None:
     counter = CompileCounter()
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counter))
     config = read(*FROZEN)
-    plain = build.place(config, frozen_detector(config), CPU).train()
-    compiled = build.place(read(*FROZEN, "runtime.compile=true"), copy.deepcopy(plain), CPU).train()
+    eager = build.place(config, frozen_detector(config), CPU).train()
+    compiled = build.place(read(*FROZEN, "runtime.compile=true"), copy.deepcopy(eager), CPU).train()
     frames = []
     data = build.load_train_data(config)
     for seed, size in enumerate((128, 160, 192, 224, 256)):
         resized = read(f"data.short_sides=[{size}]", f"data.long_side={size}")
         batch = next(iter(build.build_train_loader(resized, data)))
-        for model in (plain, compiled):
+        for model in (eager, compiled):
             model.zero_grad()
             torch.manual_seed(seed)
             losses, _ = model(batch)
             torch.stack(list(losses.values())).sum().backward()
-        for ours, theirs in zip(compiled.parameters(), plain.parameters(), strict=True):
+        for ours, theirs in zip(compiled.parameters(), eager.parameters(), strict=True):
             if theirs.grad is not None:
                 torch.testing.assert_close(ours.grad, theirs.grad)
         frames.append(counter.frame_count)

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from fpn_det import build
 from fpn_det.cli import config_parser, user_errors
@@ -38,6 +37,7 @@ from fpn_det.engine.coco_eval import (
 )
 from fpn_det.engine.distributed import Process, launched_process
 from fpn_det.engine.evaluate import View, from_coco_results
+from fpn_det.engine.optim import MovingAverage
 from fpn_det.engine.profile import StepProfiler
 from fpn_det.engine.runlog import RunLog
 from fpn_det.engine.train import train
@@ -81,10 +81,9 @@ def run(config: Config, folder: Path, *, resume: bool, profile: bool = False, pr
         raise InputError("the norm sync_bn works over GPUs only; on CPUs use bn or gn")
     optimizer = build.build_optimizer(config, model)
     decay = config.train.ema_decay
-    ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True) if decay else None
-    start_step = 0
+    start_step = state["step"] if state is not None else 0
+    ema = MovingAverage(model, decay=decay, num_updates=start_step) if decay else None
     if state is not None:
-        start_step = state["step"]
         source = checkpoint.step_path(folder, start_step)
         if start_step > num_steps:
             raise InputError(
@@ -95,7 +94,6 @@ def run(config: Config, folder: Path, *, resume: bool, profile: bool = False, pr
         checkpoint.load_optimizer(optimizer, state["optimizer"], source)
         if ema is not None:
             checkpoint.load_weights(ema.module, state.get("ema") or state["model"], source)
-            ema.n_averaged.fill_(start_step)
     detector: Detector = build.place(config, ema.module, process.device) if ema is not None else model  # type: ignore[arg-type]
 
     if process.is_main:

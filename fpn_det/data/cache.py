@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import os
 import tempfile
+import time
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,6 +17,10 @@ import numpy as np
 
 MIN_BYTES = 1_000_000
 """Smaller sources are read again in less than 0.1 s; no file is left behind for them."""
+
+
+KEEP_DAYS = 60
+"""Files that were not used for longer are deleted when another one is written."""
 
 
 class ArrayCache:
@@ -34,7 +39,8 @@ class ArrayCache:
         self._path: Path | None = None
         try:
             path = source.resolve(strict=True)
-            stat = path.stat()
+            with path.open("rb") as file:  # a network file system promises what is true now to those who open
+                stat = os.fstat(file.fileno())
             folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fpn_det"
         except (OSError, RuntimeError):  # no source, which its reader will say; no home
             return
@@ -51,7 +57,9 @@ class ArrayCache:
             with np.load(self._path, allow_pickle=False) as file:
                 if str(file["key"]) != self._key:
                     return None
-                return {name: file[name] for name in file if name != "key"}
+                arrays = {name: file[name] for name in file if name != "key"}
+            os.utime(self._path)  # used today
+            return arrays
         except Exception:  # zipfile and numpy meet damaged and other files with many exceptions
             return None
 
@@ -66,6 +74,9 @@ class ArrayCache:
                 temporary = Path(file.name)
                 np.savez(file, key=np.array(self._key), **arrays)  # type: ignore[arg-type]  # takes a name for a flag
             temporary.replace(self._path)
+            for path in self._path.parent.iterdir():
+                if path.stat().st_mtime < time.time() - 86400 * KEEP_DAYS:
+                    path.unlink(missing_ok=True)
         except OSError as error:
             warnings.warn(
                 f"{self._path}: cannot be written ({error.strerror}), so the next start will take as long; "

@@ -133,6 +133,11 @@ def load_optimizer(optimizer: torch.optim.Optimizer, saved: State, source: Path)
             "model.backbone.frozen_stages). Resume with the config.yaml that lies beside it, or start a run of its own"
         )
     optimizer.load_state_dict({"state": saved["state"], "param_groups": own})
+    # Moments keep the memory format that they were saved in; fused optimisers go through memory side by side.
+    for parameter, moments in optimizer.state.items():
+        for name, value in moments.items():
+            if isinstance(value, Tensor) and value.shape == parameter.shape and value.stride() != parameter.stride():
+                moments[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
 
 def latest_checkpoint(folder: Path) -> Path | None:

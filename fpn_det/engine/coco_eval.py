@@ -533,7 +533,7 @@ def _read_json(path: Path) -> Any:
         return json.loads(Path(path).read_bytes())
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from error
-    except ValueError as error:  # not JSON, or not text at all
+    except (ValueError, RecursionError) as error:  # not JSON, not text at all, or nested without end
         raise InputError(f"{path}: is not valid JSON ({error})") from error
 
 

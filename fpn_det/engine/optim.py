@@ -3,12 +3,49 @@
 from __future__ import annotations
 
 import bisect
+import copy
 import math
 from collections.abc import Sequence
 
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
+
+
+class MovingAverage:
+    """An exponential moving average of a model's weights and buffers.
+
+    `torch.optim.swa_utils.AveragedModel` does the same, but copies from the host, and so waits for a GPU, at each step.
+
+    Args:
+        model: the model; its state after the first update is where the average begins.
+        decay: weight of the average against that of the new values, per update.
+        num_updates: that were made before.
+
+    Attributes:
+        module: a copy of the model that holds the average.
+    """
+
+    def __init__(self, model: nn.Module, *, decay: float, num_updates: int = 0) -> None:
+        self.module = copy.deepcopy(model).requires_grad_(False)
+        self.decay = decay
+        self.num_updates = num_updates
+
+    @torch.no_grad()
+    def update(self, model: nn.Module) -> None:
+        """Take in the model's values; counts are copied."""
+        ours, theirs = ([*m.parameters(), *m.buffers()] for m in (self.module, model))
+        pairs = list(zip(ours, theirs, strict=True))
+        averages, values = zip(*[pair for pair in pairs if pair[0].is_floating_point()], strict=True)
+        if self.num_updates == 0:
+            torch._foreach_copy_(averages, values)
+        else:
+            torch._foreach_lerp_(averages, values, 1 - self.decay)
+        for average, value in pairs:
+            if not average.is_floating_point():
+                average.copy_(value)
+        self.num_updates += 1
+
 
 NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm)
 

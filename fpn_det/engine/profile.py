@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -30,8 +32,9 @@ class StepProfiler:
         has_gpu = torch.cuda.is_available()
         self.num_steps = 0
         self.sort_by = "self_device_time_total" if has_gpu else "self_cpu_time_total"
+        self._activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if has_gpu else [])]
         self._profile = profile(
-            activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if has_gpu else [])],
+            activities=self._activities,
             schedule=schedule(wait=SKIPPED_STEPS - 1, warmup=1, active=PROFILED_STEPS, repeat=1),
             on_trace_ready=self._report,
         )
@@ -52,8 +55,20 @@ class StepProfiler:
         self.num_steps += 1
         self._profile.step()
 
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave out what happens within, such as an evaluation between two steps."""
+        recording = SKIPPED_STEPS <= self.num_steps < SKIPPED_STEPS + PROFILED_STEPS
+        if recording:
+            self._profile.toggle_collection_dynamic(False, self._activities)
+        yield
+        if recording:
+            self._profile.toggle_collection_dynamic(True, self._activities)
+
     def _report(self, profiled: profile) -> None:
+        num_profiled = min(self.num_steps - SKIPPED_STEPS, PROFILED_STEPS)
+        if num_profiled <= 0:
+            return
         profiled.export_chrome_trace(str(self.path))
         table = profiled.key_averages().table(sort_by=self.sort_by, row_limit=20, max_name_column_width=50).strip()
-        num_profiled = min(self.num_steps - SKIPPED_STEPS, PROFILED_STEPS)
         self.log.message(f"profile of {num_profiled} steps, all of them together:\n{table}\ntrace: {self.path}")

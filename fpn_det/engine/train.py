@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim.swa_utils import AveragedModel
 
 from fpn_det.engine.distributed import Process
+from fpn_det.engine.optim import MovingAverage
 from fpn_det.engine.profile import StepProfiler
 from fpn_det.engine.runlog import RunLog
 from fpn_det.structures import Batch, InputError
@@ -38,7 +38,7 @@ def train(
     accumulate: int = 1,
     precision: str = "fp32",
     clip_norm: float | None = None,
-    ema: AveragedModel | None = None,
+    ema: MovingAverage | None = None,
     profiler: StepProfiler | None = None,
     log_every: int = 20,
     save_every: int = 5000,
@@ -74,6 +74,8 @@ def train(
     network = model
     if process.world_size > 1:
         # Buffers need no sharing at each step: those of the main process are the ones saved and evaluated.
+        # Parts that are compiled are graphs of their own already; cut at its buckets, they would be many more.
+        torch._dynamo.config.optimize_ddp = False
         network = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
     parameters = [p for p in model.parameters() if p.requires_grad]
     window = Window()
@@ -104,7 +106,7 @@ def train(
                 nn.utils.clip_grads_with_norm_(parameters, clip_norm, grad_norm)
             optimizer.step()
             if ema is not None:
-                ema.update_parameters(model)
+                ema.update(model)
             window.add({"grad_norm": grad_norm})
 
             done = step + 1
@@ -127,13 +129,14 @@ def train(
                         f"Lower optim.lr (now {lr:.3g}), lengthen optim.warmup_steps or set optim.clip_norm; "
                         "the last checkpoint is kept"
                     )
-            if saving:
-                save(done)
-            if stopping:
-                return done
-            if evaluating:
-                evaluate(done)
-                window.restart()
+            with profiler.paused() if profiler is not None else nullcontext():
+                if saving:
+                    save(done)
+                if stopping:
+                    return done
+                if evaluating:
+                    evaluate(done)
+                    window.restart()
     return num_steps
 
 

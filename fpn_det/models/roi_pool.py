@@ -89,10 +89,10 @@ class MultiLevelRoIAlign(nn.Module):
         n, s = boxes.shape[:2]
         image_index = torch.arange(n, device=boxes.device, dtype=boxes.dtype)[:, None].expand(n, s)
         level = self.assign_levels(boxes)
-        pooled = torch.zeros((), dtype=boxes.dtype, device=boxes.device)
+        pooled: Tensor | None = None
         for i, stride in enumerate(self.strides):
             of_level = boxes.masked_fill((level != i)[:, :, None], FAR_OUTSIDE)
-            pooled = pooled + roi_align(
+            of_level = roi_align(
                 features[i],
                 torch.cat([image_index[:, :, None], of_level], dim=2).flatten(0, 1),
                 output_size=self.output_size,
@@ -100,6 +100,8 @@ class MultiLevelRoIAlign(nn.Module):
                 sampling_ratio=self.sampling_ratio,
                 aligned=self.aligned,
             )
+            pooled = of_level if pooled is None else pooled.add_(of_level)
+        assert pooled is not None
         return pooled
 
     def _sum_cells(self, features: Sequence[Tensor], boxes: Tensor) -> Tensor:

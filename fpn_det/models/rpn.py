@@ -72,7 +72,7 @@ class RPNHead(nn.Module):
         logits, deltas = [], []
         for x in features:
             for conv in self.convs:
-                x = conv(x).relu()
+                x = conv(x).relu_()
             logits.append(self.objectness(x).permute(0, 2, 3, 1).flatten(1))
             deltas.append(self.deltas(x).permute(0, 2, 3, 1).reshape(len(x), -1, 4))
         return logits, deltas
@@ -107,7 +107,7 @@ class RPNHead(nn.Module):
         x = cells.flatten(0, 1).index_select(0, cell.flatten())
         x = x.view(n * s, *cell.shape[2:], -1).permute(0, 3, 1, 2)  # (N * S, C, 2 * radius + 1, 2 * radius + 1)
         for conv in self.convs:
-            x = conv2d(torch.where(inside, x, 0), conv.weight, conv.bias).relu()  # type: ignore[arg-type]
+            x = conv2d(torch.where(inside, x, 0), conv.weight, conv.bias).relu_()  # type: ignore[arg-type]
             inside = inside[:, :, 1:-1, 1:-1]
         shape = place.shape.flatten()[:, None]
         logits = self.objectness(x).flatten(1).gather(1, shape)

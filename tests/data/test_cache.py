@@ -184,3 +184,18 @@ def test_the_usual_folder_is_that_of_the_home(source: Path, tmp_path: Path, monk
     ArrayCache(source, version=1).write(ARRAYS)
     assert len(list((tmp_path / "home/.cache/fpn_det").iterdir())) == 1
     assert is_kept(source)
+
+
+def test_what_was_not_used_for_long_is_deleted(source: Path, tmp_path: Path) -> None:
+    """Leftovers of interrupted writes too; reading counts as use."""
+    path = write(source)
+    stale = [path.with_name("old.npz"), path.with_name(".x.tmp")]
+    for file in (*stale, path):
+        file.write_bytes(path.read_bytes())
+        os.utime(file, (0, 0))
+    assert is_kept(source)
+    other = tmp_path / "other"
+    other.write_bytes(b"abcd")
+    ArrayCache(other, version=1).write(ARRAYS)
+    assert is_kept(source)
+    assert not any(file.exists() for file in stale)

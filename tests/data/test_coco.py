@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import hashlib
 import json
 import math
 import os
@@ -571,3 +572,10 @@ def test_coco_val_subset(test_data: Path, tmp_path: Path) -> None:
     areas = (data.boxes[:, 2:] - data.boxes[:, :2]).prod(1).double().sum().item()
     stated = sum(math.prod(a["bbox"][2:]) for a in content["annotations"] if not a["iscrowd"])
     assert areas == pytest.approx(stated, rel=1e-4)
+
+
+def test_what_is_cached_belongs_to_its_version(folder: Path) -> None:
+    """Red after a change of what is made of a file: raise `CACHE_VERSION`, and write down both here."""
+    arrays = coco._pack(load_coco(awkward(folder), folder))
+    parts = [f"{name} {a.dtype} {a.shape}".encode() + a.tobytes() for name, a in sorted(arrays.items())]
+    assert (coco.CACHE_VERSION, hashlib.sha256(b"".join(parts)).hexdigest()[:16]) == (1, "73325cbfc4caba0e")

@@ -1,5 +1,6 @@
 """Checkpoints: atomic writing, refusals with a reason, order and pruning."""
 
+import copy
 import errno
 import pickle
 from pathlib import Path
@@ -9,6 +10,7 @@ import torch
 from torch import nn
 
 from fpn_det.engine import checkpoint
+from fpn_det.engine.optim import make_optimizer
 from fpn_det.structures import Categories, InputError
 
 CATEGORIES = Categories((3, 7), ("cat", "dog"))
@@ -26,6 +28,34 @@ def refusal(path: Path) -> str:
     assert str(path) in message
     assert "\n" not in message
     return message
+
+
+@pytest.mark.parametrize("kind", ["sgd", "adamw"])
+def test_moments_follow_the_memory_format_of_their_parameters(kind: str) -> None:
+    """A run that goes on with another `runtime.channels_last` than it began with: as if nothing had changed."""
+    torch.manual_seed(0)
+    options = {"kind": kind, "lr": 0.1, "momentum": 0.9, "weight_decay": 0.0, "norm_weight_decay": 0.0, "fused": True}
+
+    def steps(conv: nn.Conv2d, optimizer: torch.optim.Optimizer, seeds: range) -> None:
+        for seed in seeds:
+            torch.manual_seed(seed)
+            optimizer.zero_grad()
+            conv(torch.randn(2, 3, 8, 8)).square().sum().backward()
+            optimizer.step()
+
+    straight = nn.Conv2d(3, 4, 3)
+    resumed = copy.deepcopy(straight)
+    optimizer = make_optimizer(straight, **options)
+    steps(straight, optimizer, range(3))
+    saved, weights = copy.deepcopy(optimizer.state_dict()), copy.deepcopy(straight.state_dict())
+    steps(straight, optimizer, range(3, 6))
+
+    resumed.to(memory_format=torch.channels_last)
+    resumed.load_state_dict(weights)
+    optimizer = make_optimizer(resumed, **options)
+    checkpoint.load_optimizer(optimizer, saved, Path("x.pth"))
+    steps(resumed, optimizer, range(3, 6))
+    torch.testing.assert_close(resumed.weight, straight.weight)
 
 
 def test_round_trip(tmp_path):

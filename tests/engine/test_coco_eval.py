@@ -2,6 +2,7 @@ import contextlib
 import copy
 import io
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -350,6 +351,13 @@ def test_unreadable_results(tmp_path: Path) -> None:
             read_results(tmp_path / "bad.json")
     nothing = read_results(write(tmp_path / "r.json", []))
     assert (nothing.boxes.shape, nothing.scores.shape, nothing.records()) == ((0, 4), (0,), [])
+
+
+def test_results_nested_without_end(tmp_path: Path) -> None:
+    path = tmp_path / "results.json"
+    path.write_text("[" * 200_000)
+    with pytest.raises(InputError, match=re.escape(f"{path}: is not valid JSON")):
+        read_results(path)
 
 
 def test_results_are_written_as_json_writes_them(tmp_path: Path) -> None:

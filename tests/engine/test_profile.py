@@ -14,7 +14,7 @@ from fpn_det.engine.runlog import RunLog
 
 
 def run(folder: Path, num_steps: int) -> str:
-    """Steps of one matrix product each; the log."""
+    """Steps of one matrix product each, and between them others that do not count; the log."""
     with (
         RunLog(folder, start_step=0, num_steps=num_steps) as log,
         StepProfiler(folder, log) as profiler,
@@ -22,6 +22,8 @@ def run(folder: Path, num_steps: int) -> str:
         for step in range(num_steps):
             torch.mm(torch.ones(step + 1, 8), torch.ones(8, 8))
             profiler.step()
+            with profiler.paused():
+                torch.mm(torch.ones(8, 8), torch.ones(8, 8))
     return (folder / "log.txt").read_text()
 
 
@@ -36,6 +38,9 @@ def test_steps_after_the_first_five(tmp_path: Path, num_steps: int, profiled: ra
     assert sum(event.get("name") == "aten::mm" for event in events) == len(profiled)
 
 
-def test_too_short_a_run(tmp_path: Path) -> None:
-    assert "no profile: it begins after 5 steps, the run ended after 3" in run(tmp_path, 3)
+@pytest.mark.parametrize("num_steps", [0, 3, 4, 5])
+def test_too_short_a_run(tmp_path: Path, num_steps: int) -> None:
+    text = run(tmp_path, num_steps)
+    assert f"no profile: it begins after 5 steps, the run ended after {num_steps}" in text
+    assert "profile of" not in text
     assert not (tmp_path / "trace.json.gz").exists()

@@ -14,12 +14,12 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from fpn_det import build
 from fpn_det.config import load_config
 from fpn_det.engine.distributed import Process
 from fpn_det.engine.evaluate import View, evaluate
+from fpn_det.engine.optim import MovingAverage
 from fpn_det.engine.runlog import RunLog
 from fpn_det.engine.train import Window, format_seconds, step_seed, train
 from fpn_det.structures import Batch, InputError, Targets
@@ -142,7 +142,7 @@ def test_step_seeds_differ():
 
 def test_moving_average():
     run = Run()
-    average = AveragedModel(run.model, multi_avg_fn=get_ema_multi_avg_fn(0.75), use_buffers=True)
+    average = MovingAverage(run.model, decay=0.75)
     expected, weights = None, []
     run(stream(2), num_steps=3, ema=average, save_every=1, save=lambda s: weights.append(run.model.weight.clone()))
     for weight in weights:

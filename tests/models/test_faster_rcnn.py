@@ -24,14 +24,19 @@ def total(losses: dict[str, torch.Tensor]) -> torch.Tensor:
     return torch.stack(list(losses.values())).sum()
 
 
-def test_normalize_by_hand(make_model) -> None:
-    """RGB constants per channel; (h, w) = (2, 3) of 4 x 4 is image, the rest becomes 0."""
-    images = torch.full((1, 3, 4, 4), 200, dtype=torch.uint8)
-    images[:, :, :2, :3] = torch.tensor([10, 20, 30], dtype=torch.uint8).view(3, 1, 1)
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
+def test_normalize_by_hand(make_model, dtype: torch.dtype, memory_format: torch.memory_format) -> None:
+    """RGB constants per channel; (h, w) = (2, 3) of 4 x 5 is image, the rest becomes 0; the batch stays as it is."""
+    images = torch.full((1, 3, 4, 5), 200, dtype=dtype)
+    images[:, :, :2, :3] = torch.tensor([10, 20, 30], dtype=dtype).view(3, 1, 1)
+    images = images.contiguous(memory_format=memory_format)
+    before = images.clone()
     normalized = make_model().normalize(images, torch.tensor([[2, 3]]))
+    assert torch.equal(images, before)
     assert normalized.dtype == torch.float32
     for channel, (value, mean, std) in enumerate([(10, 123.675, 58.395), (20, 116.28, 57.12), (30, 103.53, 57.375)]):
-        expected = torch.zeros(4, 4)
+        expected = torch.zeros(4, 5)
         expected[:2, :3] = (value - mean) / std
         torch.testing.assert_close(normalized[0, channel], expected)
 

@@ -129,7 +129,7 @@ def greedy(boxes: Tensor, scores: Tensor, valid: Tensor, iou_thresh: float) -> l
 @pytest.mark.parametrize("interval", [1, 3, 16])
 def test_chains_longer_than_the_interval(monkeypatch: pytest.MonkeyPatch, interval: int) -> None:
     """Each box overlaps only its neighbours: every other one stays, which is known after as many iterations."""
-    monkeypatch.setattr(nms, "ITERATIONS_PER_CHECK", interval)
+    monkeypatch.setattr(nms, "ITERATIONS_BEFORE_CHECK", interval)
     left = torch.arange(100.0) * 4
     boxes = torch.stack([left, torch.zeros(100), left + 10, torch.full((100,), 10.0)], dim=1)  # IoU 6/14, then 2/18
     valid = torch.ones(2, 100, dtype=torch.bool)

@@ -10,9 +10,11 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fpn_det.engine.optim import MovingAverage, make_optimizer
 from fpn_det.models import nms
 from fpn_det.models.faster_rcnn import FasterRCNN, ProposalNetwork
 from fpn_det.models.roi_head import CascadeRoIHead
@@ -111,6 +113,37 @@ def test_training_waits_no_more_for_more_images(make_model, batch_of, options: d
     counts = [count(model, batch_of(n), training=True) for n in (1, 3)]
     assert counts[0] == counts[1]
     assert counts[0].total() <= 4, counts[0]
+
+
+def test_a_whole_step_waits_no_more(make_model, batch_of) -> None:
+    """With the gradient's norm, clipping, the optimiser and the moving average."""
+    model = make_model().train()
+    optimizer = make_optimizer(
+        model, kind="sgd", lr=1e-3, momentum=0.9, weight_decay=1e-4, norm_weight_decay=0.0, fused=True
+    )
+    average = MovingAverage(model, decay=0.9)
+    counts = []
+    for batch in (batch_of(1), batch_of(3)):
+        with count_syncs() as found:
+            losses, _ = model(batch)
+            torch.stack(list(losses.values())).sum().backward()
+            grad_norm = nn.utils.get_total_norm([p.grad for p in model.parameters()])
+            nn.utils.clip_grads_with_norm_(model.parameters(), 1.0, grad_norm)
+            optimizer.step()
+            average.update(model)
+        counts.append(found)
+    assert counts[0] == counts[1]
+    assert counts[0].total() == 1, counts[0]
+
+
+def test_long_chains_wait_seldom() -> None:
+    """Anchors of a blank page: 2000 neighbours in a row, each of which decides about the next."""
+    left = torch.arange(2000.0) * 4
+    boxes = torch.stack([left, torch.zeros(2000), left + 32, torch.full((2000,), 32.0)], dim=1)[None]
+    with count_syncs() as counts:
+        keep = nms.solve(boxes, torch.ones(1, 2000, dtype=torch.bool), iou_thresh=0.7)
+    assert keep.sum() == 1000
+    assert counts.total() <= 7
 
 
 @pytest.mark.parametrize("min_size", [0.0, None])
