@@ -12,7 +12,7 @@ from __future__ import annotations
 import difflib
 import json
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -105,11 +105,7 @@ def run(config: Config, folder: Path, *, resume: bool, profile: bool = False, pr
     best, headline = folder / "best.pth", "AR1000" if proposals_only else "AP"
     best_value = checkpoint.load_checkpoint(best).get(headline, -1.0) if process.is_main and best.exists() else -1.0
 
-    with ExitStack() as stack:
-        log = stack.enter_context(
-            RunLog(folder if process.is_main else None, start_step=start_step, num_steps=num_steps)
-        )
-        profiler = stack.enter_context(StepProfiler(folder, log)) if profile and process.is_main else None
+    with RunLog(folder if process.is_main else None, start_step=start_step, num_steps=num_steps) as log:
         for data in (train_data, val_data):
             log.message(data.summary())
             if data.problems:
@@ -165,27 +161,28 @@ def run(config: Config, folder: Path, *, resume: bool, profile: bool = False, pr
 
         done = start_step
         if start_step < num_steps:
-            done = train(
-                model,
-                build.build_train_loader(config, train_data, start_step=start_step, process=process),
-                optimizer=optimizer,
-                lr_at=build.build_schedule(config, num_steps),
-                start_step=start_step,
-                num_steps=num_steps,
-                seed=config.seed,
-                process=process,
-                log=log,
-                save=save,
-                evaluate=evaluate_at,
-                accumulate=config.train.accumulate,
-                precision=config.train.precision,
-                clip_norm=config.optim.clip_norm,
-                ema=ema,
-                profiler=profiler,
-                log_every=config.train.log_every,
-                save_every=build.interval(config.train.save_every, num_steps),
-                evaluate_every=build.interval(config.eval.every, num_steps),
-            )
+            with StepProfiler(folder, log) if profile and process.is_main else nullcontext() as profiler:
+                done = train(
+                    model,
+                    build.build_train_loader(config, train_data, start_step=start_step, process=process),
+                    optimizer=optimizer,
+                    lr_at=build.build_schedule(config, num_steps),
+                    start_step=start_step,
+                    num_steps=num_steps,
+                    seed=config.seed,
+                    process=process,
+                    log=log,
+                    save=save,
+                    evaluate=evaluate_at,
+                    accumulate=config.train.accumulate,
+                    precision=config.train.precision,
+                    clip_norm=config.optim.clip_norm,
+                    ema=ema,
+                    profiler=profiler,
+                    log_every=config.train.log_every,
+                    save_every=build.interval(config.train.save_every, num_steps),
+                    evaluate_every=build.interval(config.eval.every, num_steps),
+                )
         if done < num_steps:
             log.message(f"stopped at step {done} of {num_steps}, saved; add --resume to the same command to go on")
             return
