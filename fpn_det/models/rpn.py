@@ -99,11 +99,10 @@ class RPNHead(nn.Module):
         inside = (inside_rows[:, :, :, None] & inside_columns[:, :, None, :]).flatten(0, 1)[:, None]
 
         cells = torch.cat([f.permute(0, 2, 3, 1).flatten(1, 2) for f in features], dim=1)  # (N, cells, C)
-        cell = (place.level_start[:, :, None] + rows * place.width[:, :, None])[:, :, :, None] + columns[:, :, None, :]
-        cell = (
-            cell.clamp(0, cells.shape[1] - 1)
-            + torch.arange(n, device=index.device)[:, None, None, None] * cells.shape[1]
-        )
+        num_cells = cells.shape[1]
+        first_of_row = place.level_start[:, :, None] + rows * place.width[:, :, None]
+        cell = (first_of_row[:, :, :, None] + columns[:, :, None, :]).clamp(0, num_cells - 1)
+        cell += num_cells * torch.arange(n, device=index.device)[:, None, None, None]
         x = cells.flatten(0, 1).index_select(0, cell.flatten())
         x = x.view(n * s, *cell.shape[2:], -1).permute(0, 3, 1, 2)  # (N * S, C, 2 * radius + 1, 2 * radius + 1)
         for conv in self.convs:
