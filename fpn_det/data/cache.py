@@ -11,6 +11,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -58,10 +59,11 @@ class ArrayCache:
                 if str(file["key"]) != self._key:
                     return None
                 arrays = {name: file[name] for name in file if name != "key"}
-            os.utime(self._path)  # used today
-            return arrays
         except Exception:  # zipfile and numpy meet damaged and other files with many exceptions
             return None
+        with suppress(OSError):
+            os.utime(self._path)  # used today
+        return arrays
 
     def write(self, arrays: Mapping[str, np.ndarray]) -> None:
         """Keep the arrays; where that is not possible, a warning is all."""
@@ -74,9 +76,7 @@ class ArrayCache:
                 temporary = Path(file.name)
                 np.savez(file, key=np.array(self._key), **arrays)  # type: ignore[arg-type]  # takes a name for a flag
             temporary.replace(self._path)
-            for path in self._path.parent.iterdir():
-                if path.stat().st_mtime < time.time() - 86400 * KEEP_DAYS:
-                    path.unlink(missing_ok=True)
+            _delete_unused(self._path.parent)
         except OSError as error:
             warnings.warn(
                 f"{self._path}: cannot be written ({error.strerror}), so the next start will take as long; "
@@ -85,3 +85,11 @@ class ArrayCache:
             )
             if temporary is not None:
                 temporary.unlink(missing_ok=True)
+
+
+def _delete_unused(folder: Path) -> None:
+    """Delete what was not used for `KEEP_DAYS`, leftovers of interrupted writes included."""
+    for path in [*folder.glob("*.npz"), *folder.glob(".*.tmp")]:
+        with suppress(OSError):  # another process was first, or it is another user's
+            if path.stat().st_mtime < time.time() - 86400 * KEEP_DAYS:
+                path.unlink()

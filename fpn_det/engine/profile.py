@@ -61,14 +61,18 @@ class StepProfiler:
         recording = SKIPPED_STEPS <= self.num_steps < SKIPPED_STEPS + PROFILED_STEPS
         if recording:
             self._profile.toggle_collection_dynamic(False, self._activities)
-        yield
-        if recording:
-            self._profile.toggle_collection_dynamic(True, self._activities)
+        try:
+            yield
+        finally:
+            if recording:
+                self._profile.toggle_collection_dynamic(True, self._activities)
 
     def _report(self, profiled: profile) -> None:
         num_profiled = min(self.num_steps - SKIPPED_STEPS, PROFILED_STEPS)
         if num_profiled <= 0:
             return
         profiled.export_chrome_trace(str(self.path))
-        table = profiled.key_averages().table(sort_by=self.sort_by, row_limit=20, max_name_column_width=50).strip()
+        operators = profiled.key_averages()
+        operators[:] = [row for row in operators if not row.key.startswith("ProfilerStep")]  # these contain the pauses
+        table = operators.table(sort_by=self.sort_by, row_limit=20, max_name_column_width=50).strip()
         self.log.message(f"profile of {num_profiled} steps, all of them together:\n{table}\ntrace: {self.path}")

@@ -129,7 +129,7 @@ def train(
                         f"Lower optim.lr (now {lr:.3g}), lengthen optim.warmup_steps or set optim.clip_norm; "
                         "the last checkpoint is kept"
                     )
-            with profiler.paused() if profiler is not None else nullcontext():
+            with profiler.paused() if profiler is not None and (saving or evaluating) else nullcontext():
                 if saving:
                     save(done)
                 if stopping:

@@ -27,7 +27,7 @@ class Pyramid(nn.Module):
         pixel_mean, pixel_std: per RGB channel, on the scale 0..255.
 
     Attributes:
-        memory_format: of the normalised images, which the features follow; by default that of the batch.
+        memory_format: of the normalised images, which the features follow; by default channels last.
     """
 
     def __init__(
@@ -36,7 +36,7 @@ class Pyramid(nn.Module):
         super().__init__()
         self.backbone = backbone
         self.neck = neck
-        self.memory_format = torch.preserve_format
+        self.memory_format = torch.channels_last
         self.pixel_mean: Tensor
         self.pixel_std: Tensor
         self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(3, 1, 1), persistent=False)

@@ -190,12 +190,27 @@ def test_what_was_not_used_for_long_is_deleted(source: Path, tmp_path: Path) -> 
     """Leftovers of interrupted writes too; reading counts as use."""
     path = write(source)
     stale = [path.with_name("old.npz"), path.with_name(".x.tmp")]
-    for file in (*stale, path):
+    of_others = path.with_name("notes.txt")
+    for file in (*stale, of_others, path):
         file.write_bytes(path.read_bytes())
         os.utime(file, (0, 0))
     assert is_kept(source)
+    path.with_name("gone.npz").symlink_to(tmp_path / "nowhere")
     other = tmp_path / "other"
     other.write_bytes(b"abcd")
-    ArrayCache(other, version=1).write(ARRAYS)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ArrayCache(other, version=1).write(ARRAYS)
     assert is_kept(source)
+    assert of_others.exists()
     assert not any(file.exists() for file in stale)
+
+
+def test_a_cache_that_can_only_be_read_is_used(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(source)
+
+    def refuse(path: Path) -> None:
+        raise PermissionError(path)
+
+    monkeypatch.setattr(cache.os, "utime", refuse)
+    assert is_kept(source)

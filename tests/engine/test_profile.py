@@ -31,6 +31,7 @@ def run(folder: Path, num_steps: int) -> str:
 def test_steps_after_the_first_five(tmp_path: Path, num_steps: int, profiled: range) -> None:
     text = run(tmp_path, num_steps)
     assert f"profile of {len(profiled)} steps" in text
+    assert "ProfilerStep" not in text
     [line] = [line.split() for line in text.splitlines() if line.split()[:1] == ["aten::mm"]]
     assert line[-1] == str(len(profiled))
     with gzip.open(tmp_path / "trace.json.gz", "rt") as file:
