@@ -364,7 +364,7 @@ def test_predict_without_proposals() -> None:
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-@pytest.mark.parametrize("num_rois", [0, 3])
+@pytest.mark.parametrize("num_rois", [0, 3, 511, 512])
 def test_first_layer_reads_features_as_rows(num_rois: int, memory_format: torch.memory_format) -> None:
     """The float32 form on CPUs, a convolution, against the matrix product in float64, gradients too."""
     head = ConvFCHead(in_channels=4, pool_size=5, fc_dim=6, num_fcs=2)
