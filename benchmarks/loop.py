@@ -28,7 +28,9 @@ from benchmarks.steps import NUM_CLASSES, Case, Runner
 from fpn_det import build
 from fpn_det.config import Config
 from fpn_det.data.coco import CocoAnnotations
+from fpn_det.engine.diagnosis import SkippedSteps
 from fpn_det.engine.distributed import Process
+from fpn_det.engine.precision import loss_scaler
 from fpn_det.engine.train import train
 
 NUM_FILES = 64
@@ -52,12 +54,14 @@ def ours(case: Case, device: torch.device, *, overrides: tuple[str, ...] = ()) -
             model,
             stream,
             optimizer=optimizer,
+            scaler=loss_scaler(device, "fp32"),
             lr_at=build.build_schedule(config, 90_000),
             start_step=done,
             num_steps=done + num_steps,
             seed=0,
             process=process,
             log=log,  # type: ignore[arg-type]
+            skipped=SkippedSteps(limit=20),
             save=lambda step: None,
             evaluate=lambda step: None,
             precision="bf16" if case.precision == "bf16" else "fp32",

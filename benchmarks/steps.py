@@ -26,7 +26,9 @@ from fpn_det import build
 from fpn_det.config import Config, parse_config
 from fpn_det.data.loader import collate
 from fpn_det.engine.checkpoint import save_checkpoint
-from fpn_det.engine.train import Window, step_seed
+from fpn_det.engine.distributed import Process
+from fpn_det.engine.optim import RunningStatistics, step_if
+from fpn_det.engine.train import Window, gradient_norms, step_seed, trained_parts
 from fpn_det.models.faster_rcnn import Detector
 from fpn_det.structures import Batch, Sample
 from fpn_det.weights.read import WeightFile
@@ -146,19 +148,27 @@ def ours(case: Case, device: torch.device, *, overrides: Sequence[str] = ()) -> 
     if case.mode == "predict":
         return predicting(model, lambda: model.predict(batch.to(device, non_blocking=True)), case, device)
     optimizer = build.build_optimizer(config, model)
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    window = Window()
+    parts, statistics = trained_parts(model), RunningStatistics(model)
+    window = Window(["total", *parts])
+    scale = torch.ones((), device=device)
 
     def step() -> None:
         torch.manual_seed(step_seed(0, 0, 0))
         optimizer.zero_grad()
+        statistics.keep()
         with autocast(case, device):
             losses, stats = model(batch.to(device, non_blocking=True))
             loss = torch.stack(list(losses.values())).sum()
-        loss.backward()
-        grad_norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-        optimizer.step()
-        window.add({"loss": loss, **losses, **stats, "grad_norm": grad_norm}, num_images=case.batch)
+        (loss * torch.where(loss.detach().isfinite(), 1.0, torch.nan)).backward()
+        window.add(batch, {"loss": loss, **losses, **stats})
+        part_norms = gradient_norms(parts, device)
+        grad_norm = part_norms.norm()
+        finite = grad_norm.isfinite()
+        step_if(finite, optimizer)
+        statistics.restore_unless(finite)
+        window.end_step(0, lr=0.0, norms=torch.cat([grad_norm[None], part_norms]), finite=finite, loss_scale=scale)
+        if len(window) == 20:  # as often as a run makes a log record
+            window.close(Process(device=device))
 
     return Runner(model, optimizer, repeated(step))
 

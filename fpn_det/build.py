@@ -36,6 +36,7 @@ from fpn_det.engine.coco_eval import GroundTruth, Metrics, ProposalMetrics, Scor
 from fpn_det.engine.distributed import Process
 from fpn_det.engine.evaluate import View, evaluate, evaluate_proposals
 from fpn_det.engine.optim import lr_factor, make_optimizer, scaled_lr
+from fpn_det.engine.precision import DTYPES
 from fpn_det.models.anchors import Anchors
 from fpn_det.models.backbone import ResNet, read_classifier
 from fpn_det.models.faster_rcnn import Detector, FasterRCNN, FastRCNN, ProposalNetwork
@@ -235,6 +236,11 @@ def warmup_steps(config: Config, steps: int) -> int:
     return min(config.optim.warmup_steps, steps // 10)
 
 
+def max_skipped(config: Config, steps: int) -> int:
+    """Steps that may be skipped among 1,000: as configured, but at most a tenth of the run."""
+    return min(config.train.max_skipped, steps // 10)
+
+
 def peak_lr(config: Config) -> float:
     """The learning rate after warm-up, scaled from `optim.base_batch_size` unless `optim.scale_lr` is off."""
     if not config.optim.scale_lr:
@@ -331,10 +337,10 @@ def load_detector(config: Config, path: Path, device: torch.device) -> tuple[Det
     model = build_model(config, num_classes, pretrained=False)
     load_weights(model, best_weights(state), path)
     fold_frozen_norms(model)
-    if config.train.precision == "bf16":  # autocast would do it for every batch
+    if config.train.precision != "fp32":  # autocast would do it for every batch
         for module in model.modules():
             if isinstance(module, nn.Conv2d | nn.Linear):
-                module.to(torch.bfloat16)
+                module.to(DTYPES[config.train.precision])
     return place(config, model.eval(), device), state
 
 

@@ -557,8 +557,12 @@ class TrainConfig(Section):
     """Images per optimiser step, over all processes."""
     accumulate: Count = 1
     """Micro-batches that a step is split into, to save memory; must divide `batch_size`."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """Number format of the forward pass; box coordinates and losses are float32 in any case."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Number format of the forward pass; box coordinates and losses are float32 in any case. `fp16` scales the loss; it
+    is for GPUs without bfloat16."""
+    max_skipped: NonNegativeInt = 20
+    """Steps with a loss or gradient that is not finite are skipped; more than this many among 1,000, or than a tenth
+    of the run, stop it."""
     ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
     """Keep a moving average of the weights with this decay per step and evaluate it; none does not."""
     log_every: Count = 20
@@ -633,6 +637,9 @@ class RuntimeConfig(Section):
     """Update all weights in one kernel."""
     tf32: bool = True
     """Let GPUs multiply float32 matrices and convolve with 10 bits of mantissa; CPUs do not."""
+    timeout_minutes: Positive = 30
+    """How long a process of several may wait for the others before the job ends and says which one held it up. The main
+    one computes the metrics alone."""
 
 
 class Config(Section):

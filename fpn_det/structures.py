@@ -10,7 +10,7 @@ Labels are class indices 0..K-1; the data set's own category ids appear only whe
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, Self
 
 import torch
@@ -60,6 +60,10 @@ class _TensorFields:
     def pin_memory(self) -> Self:
         """Return a copy in page-locked memory (`DataLoader(pin_memory=True)` calls this)."""
         return self._map(lambda value: value.pin_memory())
+
+    def clone(self) -> Self:
+        """Return a copy that shares no memory."""
+        return self._map(lambda value: value.clone())
 
     def _map(self, change: Callable[[Any], Any]) -> Self:
         values = {f.name: getattr(self, f.name) for f in fields(self)}  # type: ignore[arg-type]
@@ -124,6 +128,11 @@ class Batch(_TensorFields):
     image_ids: Tensor
     original_sizes: Tensor
     proposals: Proposals | None = None
+
+    def without_pixels(self) -> Batch:
+        """A copy that can be kept: all but the images, whose height and width become 0."""
+        n = len(self.images)
+        return replace(self, images=self.images.new_empty((n, 3, 0, 0))).clone()
 
 
 @dataclass(frozen=True, kw_only=True)

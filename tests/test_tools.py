@@ -87,6 +87,7 @@ def assert_same_outcome(folder: Path, expected: Path) -> None:
 def test_run_folder(finished, tiny, shapes):
     names = {p.name for p in finished.iterdir()}
     assert names == {
+        ".lock",
         "best.pth",
         "config.yaml",
         "final.pth",
@@ -138,8 +139,8 @@ def test_checkpoints(finished, shapes):
     assert all(CATEGORIES[c["name"]] == c["id"] for c in final["categories"])
     assert [c["index"] for c in final["categories"]] == list(range(len(final["categories"])))
     assert final["config"] == (finished / "config.yaml").read_text()
-    assert final.keys() == {"model", "categories", "config", "step"}
-    assert last.keys() == final.keys() | {"optimizer", "ema"}
+    assert final.keys() == {"model", "categories", "config", "step", "versions"}
+    assert last.keys() == final.keys() | {"optimizer", "ema", "stream", "skipped"}
     assert_same(final["model"], last["ema"])
     moved = [k for k, v in last["model"].items() if not torch.equal(v, last["ema"][k])]
     assert len(moved) > 50

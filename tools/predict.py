@@ -30,6 +30,7 @@ from fpn_det.data.transforms import TestTransform, find_images, load_image
 from fpn_det.draw import draw_detections
 from fpn_det.engine import checkpoint
 from fpn_det.engine.evaluate import Detector, detect, merge_views, to_coco_results
+from fpn_det.engine.precision import Precision
 from fpn_det.structures import Categories, Detections, InputError, Sample
 
 
@@ -89,7 +90,7 @@ def predict(config: Config, checkpoint_path: Path, source: Path, folder: Path, *
 
 
 def look(
-    model: Detector, image: Tensor, transform: TestTransform, *, device: torch.device, precision: str
+    model: Detector, image: Tensor, transform: TestTransform, *, device: torch.device, precision: Precision
 ) -> Detections:
     """Detections in one view of an image, in the frame of the image.
 

@@ -4,15 +4,16 @@
     torchrun --nproc-per-node 8 tools/train.py --config configs/r50_fpn.yaml
 
 Writes to runs/NAME (or D): config.yaml, log.txt, log.jsonl, tensorboard/, checkpoints, predictions.json and
-metrics.json. SIGINT and SIGTERM save a checkpoint and exit; --resume goes on from the last one.
+metrics.json; diagnosis.json if training diverged. SIGINT and SIGTERM save a checkpoint and exit; --resume goes on from
+the newest one that is whole. `torchrun --max-restarts N` goes on by itself when a process is lost.
 """
 
 from __future__ import annotations
 
 import difflib
-import json
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +25,11 @@ from fpn_det.config import Config, dump_config, load_config
 from fpn_det.data.coco import CocoAnnotations, check_same_categories, format_problems
 from fpn_det.data.transforms import load_image
 from fpn_det.draw import draw_comparison
-from fpn_det.engine import checkpoint
+from fpn_det.engine import checkpoint, run_folder
 from fpn_det.engine.coco_eval import (
     METRIC_NAMES,
     PROPOSAL_METRIC_NAMES,
+    GroundTruth,
     Metrics,
     ProposalMetrics,
     ScoredBoxes,
@@ -35,12 +37,15 @@ from fpn_det.engine.coco_eval import (
     format_table,
     write_results,
 )
+from fpn_det.engine.diagnosis import SkippedSteps
 from fpn_det.engine.distributed import Process, launched_process
 from fpn_det.engine.evaluate import View, from_coco_results
 from fpn_det.engine.optim import MovingAverage
+from fpn_det.engine.precision import loss_scaler
 from fpn_det.engine.profile import StepProfiler
 from fpn_det.engine.runlog import RunLog
 from fpn_det.engine.train import train
+from fpn_det.files import write_text
 from fpn_det.models.faster_rcnn import Detector
 from fpn_det.structures import InputError
 
@@ -61,16 +66,35 @@ def main() -> None:
             print(dump_config(config), end="")
             return
         folder = args.output_dir or Path("runs") / config.name
-        with launched_process() as process:
+        with launched_process(timeout=timedelta(minutes=config.runtime.timeout_minutes)) as process:
             run(config, folder, resume=args.resume, profile=args.profile, process=process)
 
 
 def run(config: Config, folder: Path, *, resume: bool, profile: bool = False, process: Process) -> None:
     """One training run in `folder`, from the data to metrics.json."""
-    state = open_run(folder, resume=resume)
     train_data, val_data = build.load_train_data(config), build.load_val_data(config)
     truth = build.load_ground_truth(config)
     check_same_categories(train_data, val_data)
+    with ExitStack() as stack:
+        # The main process reads for all: the folder need not be shared between machines.
+        state, notes = process.from_main(lambda: stack.enter_context(run_folder.opened_run(folder, resume=resume)))
+        train_on(config, folder, train_data, val_data, truth, state, notes, profile=profile, process=process)
+
+
+def train_on(
+    config: Config,
+    folder: Path,
+    train_data: CocoAnnotations,
+    val_data: CocoAnnotations,
+    truth: GroundTruth,
+    state: checkpoint.State | None,
+    notes: Sequence[str],
+    *,
+    profile: bool,
+    process: Process,
+) -> None:
+    """Train and evaluate in a folder that belongs to this run, from `state` on; `notes` are for the log."""
+    stream = check_stream(config, train_data, process)
     categories = train_data.categories
     num_steps = build.num_steps(config, len(train_data))
     torch.manual_seed(config.seed)
@@ -80,11 +104,15 @@ def run(config: Config, folder: Path, *, resume: bool, profile: bool = False, pr
     if has_sync_bn and process.world_size > 1 and process.device.type == "cpu":
         raise InputError("the norm sync_bn works over GPUs only; on CPUs use bn or gn")
     optimizer = build.build_optimizer(config, model)
+    scaler = loss_scaler(process.device, config.train.precision)
     decay = config.train.ema_decay
     start_step = state["step"] if state is not None else 0
     ema = MovingAverage(model, decay=decay, num_updates=start_step) if decay else None
+    skipped = SkippedSteps(
+        limit=build.max_skipped(config, num_steps), count=state.get("skipped", 0) if state is not None else 0
+    )
     if state is not None:
-        source = checkpoint.step_path(folder, start_step)
+        source = run_folder.step_path(folder, start_step)
         if start_step > num_steps:
             raise InputError(
                 f"{source} is beyond the end of the run: train.steps or train.epochs give {num_steps}; raise it"
@@ -94,25 +122,29 @@ def run(config: Config, folder: Path, *, resume: bool, profile: bool = False, pr
         checkpoint.load_optimizer(optimizer, state["optimizer"], source)
         if ema is not None:
             checkpoint.load_weights(ema.module, state.get("ema") or state["model"], source)
+        if scaler.is_enabled() and state.get("scaler"):
+            scaler.load_state_dict(state["scaler"])
     detector: Detector = build.place(config, ema.module, process.device) if ema is not None else model  # type: ignore[arg-type]
 
     if process.is_main:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.yaml").write_text(dump_config(config))
+        write_text(folder / "config.yaml", dump_config(config))
     val_loader = build.build_val_loader(config, val_data, process=process)
     proposals_only = config.model.kind == "rpn"
     pictures = list(range(min(config.eval.tensorboard_images, len(val_data))))
     best, headline = folder / "best.pth", "AR1000" if proposals_only else "AP"
-    best_value = checkpoint.load_checkpoint(best).get(headline, -1.0) if process.is_main and best.exists() else -1.0
+    evaluate_every = build.interval(config.eval.every, num_steps)
 
     with RunLog(folder if process.is_main else None, start_step=start_step, num_steps=num_steps) as log:
+        for note in notes:
+            log.message(note)
+        best_value = value_to_beat(best, headline, log) if process.is_main else -1.0
         for data in (train_data, val_data):
             log.message(data.summary())
             if data.problems:
                 log.message(format_problems(data.problems))
         log.message(describe(config, model, train_data, num_steps, start_step, process))
-        if state is not None and state["config"] != dump_config(config):
-            log.message(f"the config changed since that checkpoint:\n{changes(state['config'], dump_config(config))}")
+        if state is not None:
+            log.message(what_changed(state, config, stream) or "nothing has changed since that checkpoint")
 
         def weights_for_use(step: int) -> checkpoint.State:
             return {
@@ -120,14 +152,23 @@ def run(config: Config, folder: Path, *, resume: bool, profile: bool = False, pr
                 "categories": categories.state_dict(),
                 "config": dump_config(config),
                 "step": step,
+                "versions": checkpoint.versions(),
             }
 
         def save(step: int) -> None:
             if process.is_main:
-                moving_average = {"ema": ema.module.state_dict()} if ema is not None else {}
-                resumable = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), **moving_average}
-                checkpoint.save_checkpoint(checkpoint.step_path(folder, step), weights_for_use(step) | resumable)
-                checkpoint.prune_checkpoints(folder, config.train.keep_checkpoints)
+                resumable: checkpoint.State = {
+                    "model": model.state_dict(),
+                    "optimizer": optimizer.state_dict(),
+                    "stream": stream,
+                    "skipped": skipped.count,
+                }
+                if ema is not None:
+                    resumable["ema"] = ema.module.state_dict()
+                if scaler.is_enabled():
+                    resumable["scaler"] = scaler.state_dict()
+                checkpoint.save_checkpoint(run_folder.step_path(folder, step), weights_for_use(step) | resumable)
+                run_folder.prune_checkpoints(folder, config.train.keep_checkpoints)
 
         def evaluate_at(step: int) -> None:
             process.share_buffers(detector)
@@ -151,27 +192,34 @@ def run(config: Config, folder: Path, *, resume: bool, profile: bool = False, pr
             nonlocal best_value
             log.message(f"step {step}:\n{table}")
             numbers: dict[str, Any] = {**metrics, "step": step}
-            log.scalars(step, {f"val/{name}": numbers[name] for name in names})
             if numbers[headline] > best_value:
                 best_value = numbers[headline]
                 checkpoint.save_checkpoint(best, weights_for_use(step) | {headline: best_value})
+            log.scalars(
+                step, {f"val/{name}": numbers[name] for name in names}
+            )  # which says that this step is evaluated
             if step == num_steps:
                 checkpoint.save_checkpoint(folder / "final.pth", weights_for_use(step))
-                (folder / "metrics.json").write_text(json.dumps(numbers, indent=2))
+                log.write_json("metrics.json", numbers)
 
         done = start_step
         if start_step < num_steps:
+            is_due = start_step > 0 and evaluate_every > 0 and start_step % evaluate_every == 0
+            if is_due and process.from_main(lambda: not was_evaluated(log, start_step)):
+                evaluate_at(start_step)  # stopped between saving and evaluating
             with StepProfiler(folder, log) if profile and process.is_main else nullcontext() as profiler:
                 done = train(
                     model,
                     build.build_train_loader(config, train_data, start_step=start_step, process=process),
                     optimizer=optimizer,
+                    scaler=scaler,
                     lr_at=build.build_schedule(config, num_steps),
                     start_step=start_step,
                     num_steps=num_steps,
                     seed=config.seed,
                     process=process,
                     log=log,
+                    skipped=skipped,
                     save=save,
                     evaluate=evaluate_at,
                     accumulate=config.train.accumulate,
@@ -181,31 +229,61 @@ def run(config: Config, folder: Path, *, resume: bool, profile: bool = False, pr
                     profiler=profiler,
                     log_every=config.train.log_every,
                     save_every=build.interval(config.train.save_every, num_steps),
-                    evaluate_every=build.interval(config.eval.every, num_steps),
+                    evaluate_every=evaluate_every,
                 )
         if done < num_steps:
             log.message(f"stopped at step {done} of {num_steps}, saved; add --resume to the same command to go on")
             return
+        process.doing("evaluating", num_steps)
         evaluate_at(num_steps)
         written = ("final.pth", "metrics.json") if proposals_only else ("final.pth", "metrics.json", "predictions.json")
         log.message(f"done: {', '.join(f'{folder}/{name}' for name in written)}")
 
 
-def open_run(folder: Path, *, resume: bool) -> checkpoint.State | None:
-    """The state to resume from, or None for a fresh run; refuses to overwrite one."""
-    last = checkpoint.latest_checkpoint(folder)
-    present = [path for path in (last, folder / "final.pth", folder / "best.pth") if path is not None and path.exists()]
-    if present and not resume:
+def check_stream(config: Config, data: CocoAnnotations, process: Process) -> checkpoint.State:
+    """What determines which images make up which step, for the checkpoint; the same in all processes or refused."""
+    stream = {"data_sha256": data.sha256(), "batch_size": config.train.batch_size, "seed": config.seed}
+    if stream != process.from_main(lambda: stream):
         raise InputError(
-            f"{folder}: holds a run already ({present[0].name}); add --resume to go on with it, choose another "
-            "--output-dir, or delete the folder"
+            f"{data.source}: process {process.rank} read other training data than the main process; copy the same "
+            "files to all machines"
         )
-    if present and last is None:
-        raise InputError(
-            f"{folder}: holds {present[0].name}, but no step_*.pth to resume from; choose another --output-dir, or "
-            "delete the folder"
-        )
-    return checkpoint.load_checkpoint(last) if last is not None else None
+    return stream
+
+
+def what_changed(state: checkpoint.State, config: Config, stream: checkpoint.State) -> str:
+    """What is not as it was when the checkpoint was written, in words; empty if nothing."""
+    parts = []
+    if state["config"] != dump_config(config):
+        parts.append(f"the config changed since that checkpoint:\n{changes(state['config'], dump_config(config))}")
+    then, now = state.get("stream", stream)["data_sha256"], stream["data_sha256"]
+    if then != now:
+        parts.append("the training data changed since that checkpoint: other images come next than would have come")
+    versions = checkpoint.versions()
+    other = [
+        f"{k} {v}, now {versions.get(k)}" for k, v in state.get("versions", versions).items() if versions.get(k) != v
+    ]
+    if other:
+        parts.append(f"written with {', '.join(other)}: the run goes on, but not to the same bits")
+    return "\n".join(parts)
+
+
+def value_to_beat(best: Path, headline: str, log: RunLog) -> float:
+    """The metric of the best checkpoint so far; below all values if there is none."""
+    if not best.exists():
+        return -1.0
+    try:
+        value: float = checkpoint.load_checkpoint(best).get(headline, -1.0)
+    except checkpoint.DamagedCheckpoint as error:
+        damaged = best.rename(best.with_name(f"{best.name}.damaged"))
+        log.message(f"{error}\nrenamed to {damaged.name}; the next evaluation counts as the best so far")
+        return -1.0
+    return value
+
+
+def was_evaluated(log: RunLog, step: int) -> bool:
+    """Whether the log of the interrupted run has an evaluation after `step` steps."""
+    return any(record["step"] == step and any(name.startswith("val/") for name in record) for record in log.kept)
 
 
 def describe(

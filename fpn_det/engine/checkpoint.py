@@ -1,22 +1,33 @@
-"""Checkpoints: written atomically, read without executing code, refused with a reason.
+"""Checkpoints: written atomically, checked by their sums, read without executing code, refused with a reason.
 
 A run's folder holds `step_NNNNNNNN.pth` (the last few; everything that resuming needs), `best.pth` (highest validation
-AP) and `final.pth` (weights for use). All have the keys `model`, `categories`, `config` (YAML) and `step`; the step
-files add `optimizer` and, with a moving average, `ema`.
+AP) and `final.pth` (weights for use). All have the keys `model`, `categories`, `config` (YAML), `step` and `versions`;
+the step files add `optimizer`, `stream` (what decides which images come next), `skipped` (steps) and, where there are
+such, `ema` and `scaler`.
+
+Random numbers need no state: those of a step are a function of the run's seed, the step and the image.
 """
 
 from __future__ import annotations
 
-import os
+import platform
+import zipfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+import torchvision
 from torch import Tensor, nn
 
+from fpn_det.files import replacing
 from fpn_det.structures import Categories, InputError
 
 State = dict[str, Any]
+
+
+class DamagedCheckpoint(InputError):
+    """The content of a checkpoint is not what was written."""
 
 
 def save_checkpoint(path: Path, state: State) -> None:
@@ -25,28 +36,19 @@ def save_checkpoint(path: Path, state: State) -> None:
     Args:
         path: the file.
         state: tensors and plain data.
+
+    Raises:
+        InputError: it cannot be written.
     """
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)  # a full disk is not made fuller
-    folder = os.open(path.parent, os.O_RDONLY)  # the rename is durable once the folder is
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    with replacing(path) as file:
+        torch.save(state, file)
 
 
 def load_checkpoint(path: Path) -> State:
     """Read a checkpoint to the CPU.
 
     Raises:
-        InputError: the file is missing, damaged or not one of ours.
+        InputError: the file is missing or not one of ours; `DamagedCheckpoint` if it is damaged.
     """
     if not path.is_file():
         folder = path if path.is_dir() else path.parent
@@ -54,16 +56,45 @@ def load_checkpoint(path: Path) -> State:
         hint = f"{folder} holds {', '.join(nearby)}" if nearby else "give the path of a .pth file that training wrote"
         raise InputError(f"{path}: no such checkpoint; {hint}")
     try:
+        _check_sums(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # the unpickler meets other files with nearly any exception
-        raise InputError(
-            f"{path}: damaged, or not a checkpoint of tensors and plain data ({type(error).__name__}). Use another; "
-            "a run whose last step_*.pth is deleted resumes from the one before"
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror or error})") from error
+    except Exception as error:  # zipfile and the unpickler meet other files with nearly any exception
+        raise DamagedCheckpoint(
+            f"{path}: damaged, or not a checkpoint of tensors and plain data ({type(error).__name__}: {error}). Use "
+            "another; training with --resume takes the newest step_*.pth that is whole"
         ) from error
     missing = {"model", "categories", "config", "step"} - set(state if isinstance(state, dict) else ())
     if missing:
         raise InputError(f"{path}: not a checkpoint of fpn_det (it lacks {', '.join(sorted(missing))})")
     return state
+
+
+def _check_sums(path: Path) -> None:
+    """Compare the content with the CRC-32 that `torch.save` writes along with each tensor; `torch.load` does not.
+
+    Raises:
+        ValueError, zipfile.BadZipFile: they differ, or it is no such file.
+    """
+    with zipfile.ZipFile(path) as archive:
+        if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+            raise ValueError(
+                "a compressed file, which torch.save does not write"
+            )  # and which could unpack to terabytes
+        damaged = archive.testzip()
+    if damaged is not None:
+        raise ValueError(f"the checksum of {damaged} differs")
+
+
+def versions() -> dict[str, str]:
+    """What wrote a checkpoint: bits are promised for the same versions only."""
+    return {
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "torchvision": str(torchvision.__version__),
+        "numpy": np.__version__,
+    }
 
 
 def checkpoint_categories(state: State) -> Categories:
@@ -138,19 +169,3 @@ def load_optimizer(optimizer: torch.optim.Optimizer, saved: State, source: Path)
         for name, value in moments.items():
             if isinstance(value, Tensor) and value.shape == parameter.shape and value.stride() != parameter.stride():
                 moments[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
-
-
-def latest_checkpoint(folder: Path) -> Path | None:
-    """The step checkpoint of highest step in `folder`, if any."""
-    return max(folder.glob("step_*.pth"), default=None)
-
-
-def step_path(folder: Path, step: int) -> Path:
-    """Where the checkpoint of `step` lies."""
-    return folder / f"step_{step:08d}.pth"
-
-
-def prune_checkpoints(folder: Path, keep: int) -> None:
-    """Delete all but the last `keep` step checkpoints."""
-    for path in sorted(folder.glob("step_*.pth"))[:-keep]:
-        path.unlink()

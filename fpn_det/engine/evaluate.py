@@ -28,6 +28,8 @@ from fpn_det.engine.coco_eval import (
     score_proposals,
 )
 from fpn_det.engine.distributed import Process
+from fpn_det.engine.memory import explained_memory_errors
+from fpn_det.engine.precision import Precision, autocast
 from fpn_det.structures import Batch, Categories, Detections, Proposals
 
 Output = TypeVar("Output")
@@ -74,7 +76,7 @@ def detect(
     batches: Iterable[Any],
     *,
     device: torch.device,
-    precision: str,
+    precision: Precision,
     flipped: bool = False,
     show_progress: bool = True,
 ) -> Iterator[tuple[Batch, list[Detections]]]:
@@ -84,7 +86,7 @@ def detect(
         model: the detector; it is put into evaluation mode.
         batches: yields `Batch`es.
         device: where the model is.
-        precision: `fp32` or `bf16`.
+        precision: of the forward pass.
         flipped: whether the images are mirrored left to right; their detections are mirrored back.
         show_progress: whether to show a progress bar (on a terminal only).
 
@@ -107,7 +109,7 @@ def detect(
 
 
 def propose(
-    model: Proposer, batches: Iterable[Any], *, device: torch.device, precision: str, show_progress: bool = True
+    model: Proposer, batches: Iterable[Any], *, device: torch.device, precision: Precision, show_progress: bool = True
 ) -> Iterator[tuple[Batch, list[tuple[Tensor, Tensor]]]]:
     """Find proposals in all batches.
 
@@ -115,7 +117,7 @@ def propose(
         model: the proposer; it is put into evaluation mode.
         batches: yields `Batch`es.
         device: where the model is.
-        precision: `fp32` or `bf16`.
+        precision: of the forward pass.
         show_progress: whether to show a progress bar (on a terminal only).
 
     Yields:
@@ -190,7 +192,7 @@ def evaluate(
     backend: Backend,
     nms_thresh: float,
     max_detections: int,
-    precision: str,
+    precision: Precision,
     process: Process,
 ) -> tuple[Metrics, ScoredBoxes] | None:
     """COCO metrics of a model on a data set that is shared out over all processes (collective).
@@ -203,7 +205,7 @@ def evaluate(
         backend: `pycocotools` or `hotcoco`.
         nms_thresh: of the merging; see `merge_views`.
         max_detections: detections per image that count, best first.
-        precision: `fp32` or `bf16`.
+        precision: of the forward pass.
         process: this process.
 
     Returns:
@@ -238,7 +240,7 @@ def evaluate_proposals(
     *,
     truth: GroundTruth,
     backend: Backend,
-    precision: str,
+    precision: Precision,
     process: Process,
 ) -> ProposalMetrics | None:
     """Recall of a model's proposals on a data set that is shared out over all processes (collective).
@@ -248,7 +250,7 @@ def evaluate_proposals(
         batches: this process' share of the images.
         truth: ground truth of all images.
         backend: `pycocotools` or `hotcoco`, which is much faster here.
-        precision: `fp32` or `bf16`.
+        precision: of the forward pass.
         process: this process.
 
     Returns:
@@ -279,14 +281,17 @@ def _run(
     batches: Iterable[Any],
     *,
     device: torch.device,
-    precision: str,
+    precision: Precision,
     show_progress: bool,
     name: str,
 ) -> Iterator[tuple[Batch, Output]]:
     """What `call` makes of each batch, in evaluation mode; the batch on the CPU, the output where it is."""
     model.train(False)
     for batch in tqdm(batches, desc=name, unit="batch", disable=None if show_progress else True, file=sys.stderr):
-        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
+        with (
+            explained_memory_errors(batch, remedy="Lower eval.batch_size or data.test_short_side"),
+            autocast(device, precision),
+        ):
             output = call(batch.to(device, non_blocking=True))
         yield batch, output
 

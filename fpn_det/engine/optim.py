@@ -8,8 +8,8 @@ import math
 from collections.abc import Sequence
 
 import torch
-from torch import nn
-from torch.nn.modules.batchnorm import _NormBase
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
 
 class MovingAverage:
@@ -47,6 +47,42 @@ class MovingAverage:
         self.num_updates += 1
 
 
+class RunningStatistics:
+    """The running statistics of batch norms: a step that is skipped must not leave its NaN there.
+
+    Args:
+        model: in which to look for them.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
+        self.tensors = [t for norm in norms for t in (norm.running_mean, norm.running_var) if t is not None]
+
+    def keep(self) -> None:
+        """Note the values before a step."""
+        if self.tensors:
+            self._before = torch.cat(self.tensors)
+
+    @torch.no_grad()
+    def restore_unless(self, finite: Tensor) -> None:
+        """Go back to the noted values unless `finite`, a bool on the device, which is not waited for."""
+        if self.tensors:
+            values = torch.where(finite, torch.cat(self.tensors), self._before)
+            torch._foreach_copy_(self.tensors, values.split([len(t) for t in self.tensors]))
+
+
+def step_if(finite: Tensor, optimizer: torch.optim.Optimizer) -> None:
+    """Update the weights unless the gradient is not `finite` (bool, on the device).
+
+    A fused optimiser decides on the device, in the way that `torch.amp.GradScaler` uses it; others wait for it.
+    """
+    if optimizer.defaults.get("fused"):
+        optimizer.grad_scale, optimizer.found_inf = None, (~finite).float()  # type: ignore[attr-defined]
+        optimizer.step()
+    elif finite:
+        optimizer.step()
+
+
 NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm)
 
 
@@ -79,7 +115,11 @@ def make_optimizer(
     ]
     groups = [group for group in groups if group["params"]]
     if kind == "sgd":
-        return torch.optim.SGD(groups, lr=lr, momentum=momentum, fused=fused)
+        sgd = torch.optim.SGD(groups, lr=lr, momentum=momentum, fused=fused)
+        if momentum > 0:  # else a first step that is skipped would leave them uninitialised
+            for parameter in trainable:
+                sgd.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        return sgd
     if kind == "adamw":
         return torch.optim.AdamW(groups, lr=lr, fused=fused)
     raise ValueError(f"kind must be 'sgd' or 'adamw', not {kind!r}")

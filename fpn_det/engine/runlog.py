@@ -6,16 +6,21 @@ Only the main process writes. On a terminal, steps appear as a progress bar; els
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Mapping
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
+
+from fpn_det.files import write_errors, write_json, write_text
+from fpn_det.structures import InputError
 
 
 class RunLog:
@@ -26,17 +31,25 @@ class RunLog:
         start_step: the step that the run begins or resumes at; records of an interrupted run that will be written
             again are dropped.
         num_steps: length of the run.
+
+    Attributes:
+        kept: the records of an interrupted run that stay.
+
+    Raises:
+        InputError: by every method, that the folder cannot be written.
     """
 
     def __init__(self, folder: Path | None, *, start_step: int, num_steps: int) -> None:
         self.folder = folder
         self.num_steps = num_steps
+        self.kept: list[dict[str, Any]] = []
         if folder is None:
             return
-        _drop_records(folder / "log.jsonl", start_step=start_step, num_steps=num_steps)
-        self._records = (folder / "log.jsonl").open("a")
-        self._text = (folder / "log.txt").open("a")
-        self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=start_step + 1)
+        self.kept = _drop_records(folder / "log.jsonl", start_step=start_step, num_steps=num_steps)
+        with write_errors(folder):
+            self._records = (folder / "log.jsonl").open("a")
+            self._text = (folder / "log.txt").open("a")
+            self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=start_step + 1)
         self._is_terminal = sys.stderr.isatty()
         self._bar = tqdm(total=num_steps, initial=start_step, unit="step", disable=not self._is_terminal, smoothing=0.1)
 
@@ -48,16 +61,18 @@ class RunLog:
     ) -> None:
         if self.folder is not None:
             self._bar.close()
-            self._records.close()
-            self._text.close()
-            self._writer.close()
+            with suppress(InputError) if error is not None else nullcontext(), write_errors(self.folder):
+                self._records.close()
+                self._text.close()
+                self._writer.close()
 
     def message(self, text: str) -> None:
         """Tell the user something."""
         if self.folder is not None:
             tqdm.write(text, file=sys.stdout)
             sys.stdout.flush()
-            print(text, file=self._text, flush=True)
+            with write_errors(self.folder / "log.txt"):
+                print(text, file=self._text, flush=True)
 
     def training(self, step: int, scalars: Mapping[str, float], *, eta: str) -> None:
         """Record the scalars of a training step; `step` counts the steps done."""
@@ -66,10 +81,12 @@ class RunLog:
             return
         shown = " ".join(f"{k.split('/')[-1]} {v:.4g}" for k, v in scalars.items())
         line = f"step {step}/{self.num_steps} eta {eta} {shown}"
-        print(line, file=self._text, flush=True)
+        with write_errors(self.folder / "log.txt"):
+            print(line, file=self._text, flush=True)
         if not self._is_terminal:
             print(line, flush=True)
-        self._bar.set_postfix_str(f"loss {scalars['train/loss']:.3f}, {scalars['speed/images_per_s']:.1f} images/s")
+        loss = scalars.get("train/loss", math.nan)  # missing if all steps were skipped
+        self._bar.set_postfix_str(f"loss {loss:.3f}, {scalars['speed/images_per_s']:.1f} images/s")
 
     def advance(self) -> None:
         """Move the progress bar by one step."""
@@ -80,21 +97,38 @@ class RunLog:
         """Record named numbers in log.jsonl and TensorBoard."""
         if self.folder is None:
             return
-        print(json.dumps({"step": step, **scalars}), file=self._records, flush=True)
-        for name, value in scalars.items():
-            self._writer.add_scalar(name, value, step)
+        with write_errors(self.folder / "log.jsonl"):
+            print(json.dumps({"step": step, **scalars}), file=self._records, flush=True)
+            for name, value in scalars.items():
+                self._writer.add_scalar(name, value, step)
 
     def image(self, step: int, name: str, image: Tensor | np.ndarray) -> None:
         """Record a (3, H, W) uint8 picture in TensorBoard."""
         if self.folder is not None:
-            self._writer.add_image(name, image, step)
+            with write_errors(self.folder / "tensorboard"):
+                self._writer.add_image(name, image, step)
+
+    def write_json(self, name: str, content: Any) -> None:
+        """Write a file of the run's folder."""
+        if self.folder is not None:
+            write_json(self.folder / name, content)
 
 
-def _drop_records(path: Path, *, start_step: int, num_steps: int) -> None:
-    """Keep the records of steps done; a finished run only repeats its evaluation, so its last one goes too."""
+def _drop_records(path: Path, *, start_step: int, num_steps: int) -> list[dict[str, Any]]:
+    """Keep the records of steps done, which are returned.
+
+    A finished run only repeats its evaluation, so its last one goes too.
+    """
     if not path.exists():
-        return
-    lines = [line for line in path.read_text().splitlines() if line.endswith("}")]  # the last may be torn
-    records = [json.loads(line) for line in lines]
-    repeated = [r["step"] > start_step or (r["step"] == num_steps and "train/loss" not in r) for r in records]
-    path.write_text("".join(f"{line}\n" for line, again in zip(lines, repeated, strict=True) if not again))
+        return []
+    kept = []
+    for line in path.read_text(errors="replace").splitlines():
+        try:
+            record = json.loads(line)
+            again = record["step"] > start_step or (record["step"] == num_steps and "train/loss" not in record)
+        except (ValueError, TypeError, KeyError):  # torn when the machine went down
+            continue
+        if not again:
+            kept.append(record)
+    write_text(path, "".join(f"{json.dumps(record)}\n" for record in kept))
+    return kept

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import signal
 import time
 from collections.abc import Callable, Iterable
@@ -15,11 +14,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from fpn_det.engine.diagnosis import Diverged, FailedStep, SkippedSteps
 from fpn_det.engine.distributed import Process
-from fpn_det.engine.optim import MovingAverage
+from fpn_det.engine.memory import explained_memory_errors
+from fpn_det.engine.optim import MovingAverage, RunningStatistics, step_if
+from fpn_det.engine.precision import Precision, autocast
 from fpn_det.engine.profile import StepProfiler
 from fpn_det.engine.runlog import RunLog
-from fpn_det.structures import Batch, InputError
+from fpn_det.structures import Batch
 
 
 def train(
@@ -27,16 +29,18 @@ def train(
     batches: Iterable[Batch],
     *,
     optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
     lr_at: Callable[[int], float],
     start_step: int,
     num_steps: int,
     seed: int,
     process: Process,
     log: RunLog,
+    skipped: SkippedSteps,
     save: Callable[[int], None],
     evaluate: Callable[[int], None],
     accumulate: int = 1,
-    precision: str = "fp32",
+    precision: Precision = "fp32",
     clip_norm: float | None = None,
     ema: MovingAverage | None = None,
     profiler: StepProfiler | None = None,
@@ -46,19 +50,24 @@ def train(
 ) -> int:
     """Train from `start_step` to `num_steps`, or until a signal asks to stop.
 
+    A step whose loss or gradient is not finite in any process changes nothing: no weight, no moment, no running
+    statistic. It is counted in `skipped`.
+
     Args:
         model: returns losses and stats for a batch, on the device of `process`.
         batches: micro-batches of this process from `start_step` on, without end.
         optimizer: over the parameters of `model`.
+        scaler: of the loss; enabled for `fp16` only.
         lr_at: learning rate at a step.
         start_step, num_steps: first step, and the step to stop before.
         seed: of the run; the randomness of a step depends on (seed, step, rank) alone, so resuming needs no state.
         process: this process among all.
         log: where scalars go.
+        skipped: counts the steps that are not finite, and ends the run beyond its limit.
         save: called with the number of steps done, in every process, every `save_every` steps and before stopping.
         evaluate: called likewise every `evaluate_every` steps (0: never) but not at the end; saving comes first.
         accumulate: micro-batches per step.
-        precision: `fp32`, or `bf16` for autocast.
+        precision: of the forward pass.
         clip_norm: upper bound of the gradient's norm.
         ema: moving average of the weights, updated after each step.
         profiler: told of each step.
@@ -68,7 +77,8 @@ def train(
         The number of steps done; less than `num_steps` after SIGINT or SIGTERM.
 
     Raises:
-        InputError: the loss or the gradient is not finite.
+        Diverged: too many steps were skipped.
+        InputError: a batch does not fit into memory.
     """
     device = process.device
     network = model
@@ -77,8 +87,13 @@ def train(
         # Parts that are compiled are graphs of their own already; cut at its buckets, they would be many more.
         torch._dynamo.config.optimize_ddp = False
         network = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    window = Window()
+    parts = trained_parts(model)
+    running_statistics = RunningStatistics(model)
+    remedy = (
+        "Lower train.batch_size, raise train.accumulate (now "
+        f"{accumulate}), lower data.short_sides and data.long_side, or set train.precision=bf16"
+    )
+    window = Window(["total", *parts])
     stream = iter(batches)
     model.train()
     with StopSignal() as stop:
@@ -88,26 +103,40 @@ def train(
             for group in optimizer.param_groups:
                 group["lr"] = lr
             optimizer.zero_grad()
+            running_statistics.keep()
             for micro in range(accumulate):
+                process.doing("waiting for data", step)
                 waiting_since = time.perf_counter()
                 batch = next(stream)
                 window.waited(time.perf_counter() - waiting_since)
-                batch = batch.to(device, non_blocking=True)
-                # Gradients are averaged over the processes once per step, with the last micro-batch.
-                is_last = micro == accumulate - 1
-                with nullcontext() if network is model or is_last else network.no_sync():  # type: ignore[operator]
-                    with torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
-                        losses, stats = network(batch)
-                        loss = torch.stack(list(losses.values())).sum()
-                    (loss / accumulate).backward()
-                window.add({"loss": loss, **losses, **stats}, num_images=len(batch.images))
-            grad_norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+                process.doing("training", step)
+                with explained_memory_errors(batch, remedy=remedy):
+                    on_device = batch.to(device, non_blocking=True)
+                    # Gradients are averaged over the processes once per step, with the last micro-batch.
+                    is_last = micro == accumulate - 1
+                    with nullcontext() if network is model or is_last else network.no_sync():  # type: ignore[operator]
+                        with autocast(device, precision):
+                            losses, stats = network(on_device)
+                            loss = torch.stack(list(losses.values())).sum()
+                        # A loss that is not finite makes the whole gradient so: then every process sees it.
+                        weight = torch.where(loss.detach().isfinite(), 1 / accumulate, torch.nan)
+                        scaler.scale(loss * weight).backward()
+                window.add(batch, {"loss": loss, **losses, **stats})
+            loss_scale = scaler.scale(torch.ones((), device=device))
+            scaler.unscale_(optimizer)
+            part_norms = gradient_norms(parts, device)
+            grad_norm = part_norms.norm()
             if clip_norm is not None:
-                nn.utils.clip_grads_with_norm_(parameters, clip_norm, grad_norm)
-            optimizer.step()
+                nn.utils.clip_grads_with_norm_([p for ps in parts.values() for p in ps], clip_norm, grad_norm)
+            finite = grad_norm.isfinite()
+            step_if(finite, optimizer)
+            scaler.update()
+            running_statistics.restore_unless(finite)
             if ema is not None:
                 ema.update(model)
-            window.add({"grad_norm": grad_norm})
+            window.end_step(
+                step, lr=lr, norms=torch.cat([grad_norm[None], part_norms]), finite=finite, loss_scale=loss_scale
+            )
 
             done = step + 1
             log.advance()
@@ -119,22 +148,31 @@ def train(
             saving = done % save_every == 0 or done == num_steps or stopping
             evaluating = bool(evaluate_every) and done % evaluate_every == 0 and done < num_steps
             if done % log_every == 0 or saving or evaluating:  # nothing is saved before it proved finite
-                scalars = window.close(process)
+                scalars, failed = window.close(process)
+                for failure in failed:
+                    log.message(failure.summary())
+                if failed:
+                    weights_finite = all(bool(p.isfinite().all()) for ps in parts.values() for p in ps)
+                    try:
+                        skipped.add(failed, precision=precision, weights_finite=weights_finite)
+                    except Diverged as error:
+                        everywhere = process.gather(error.diagnosis["failed_steps"])
+                        log.write_json("diagnosis.json", error.diagnosis | {"failed_steps_by_process": everywhere})
+                        raise
+                if skipped.count:
+                    scalars["train/skipped_steps"] = skipped.count
+                if "train/loss" in scalars:
+                    skipped.note(done, loss=scalars["train/loss"], grad_norm=scalars["train/grad_norm"])
                 eta = format_seconds((num_steps - done) * scalars["speed/s_per_step"])
                 log.training(done, {**scalars, "train/lr": lr}, eta=eta)
-                loss_mean, norm_mean = scalars["train/loss"], scalars["train/grad_norm"]
-                if not math.isfinite(loss_mean + norm_mean):
-                    raise InputError(
-                        f"the loss is {loss_mean}, the gradient's norm {norm_mean} at step {done}: training diverged. "
-                        f"Lower optim.lr (now {lr:.3g}), lengthen optim.warmup_steps or set optim.clip_norm; "
-                        "the last checkpoint is kept"
-                    )
             with profiler.paused() if profiler is not None and (saving or evaluating) else nullcontext():
                 if saving:
+                    process.doing("saving", step)
                     save(done)
                 if stopping:
                     return done
                 if evaluating:
+                    process.doing("evaluating", step)
                     evaluate(done)
                     window.restart()
     return num_steps
@@ -145,45 +183,104 @@ def step_seed(seed: int, step: int, rank: int) -> int:
     return int(np.random.SeedSequence((seed, 3, step, rank)).generate_state(1, np.uint64)[0]) >> 1
 
 
-class Window:
-    """Means over the steps since the last log record; tensors stay on the device until then."""
+def trained_parts(model: nn.Module) -> dict[str, list[nn.Parameter]]:
+    """The trainable parameters by the first part of their names: backbone, neck, rpn, roi_head."""
+    parts: dict[str, list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            parts.setdefault(name.partition(".")[0], []).append(parameter)
+    return parts
 
-    def __init__(self) -> None:
+
+def gradient_norms(parts: dict[str, list[nn.Parameter]], device: torch.device) -> Tensor:
+    """(parts,) the norm of the gradient of each part."""
+    grads = [[p.grad for p in parameters if p.grad is not None] for parameters in parts.values()]
+    return torch.stack([nn.utils.get_total_norm(g) if g else torch.zeros((), device=device) for g in grads])
+
+
+class Window:
+    """What the steps since the last log record gave; numbers stay on the device until then.
+
+    Args:
+        norm_names: of the gradient's norms.
+    """
+
+    def __init__(self, norm_names: list[str]) -> None:
+        self.norm_names = norm_names
+        self._names: list[str] = []
+        self._micro: list[Tensor] = []
+        self._batches: list[Batch] = []
         self.restart()
+
+    def __len__(self) -> int:
+        return len(self._rows)
 
     def restart(self) -> None:
         """Forget everything and start the clock."""
-        self._sums: dict[str, Tensor] = {}
-        self._counts: dict[str, int] = {}
+        self._steps: list[tuple[int, float, list[Batch]]] = []
+        self._rows: list[Tensor] = []
         self._num_images = 0
         self._waited = 0.0
         self._since = time.perf_counter()
 
-    def add(self, values: dict[str, Tensor], num_images: int = 0) -> None:
-        """Add scalars of a step or micro-batch."""
-        for name, value in values.items():
-            value = value.detach()
-            self._sums[name] = self._sums[name] + value if name in self._sums else value
-            self._counts[name] = self._counts.get(name, 0) + 1
-        self._num_images += num_images
+    def add(self, batch: Batch, values: dict[str, Tensor]) -> None:
+        """Add scalars of a micro-batch; `batch` is the one on the CPU."""
+        self._names = list(values)
+        self._micro.append(torch.stack([value.detach().float() for value in values.values()]))
+        self._batches.append(batch.without_pixels())
+        self._num_images += len(batch.images)
+
+    def end_step(self, step: int, *, lr: float, norms: Tensor, finite: Tensor, loss_scale: Tensor) -> None:
+        """Add what is known once the gradient is."""
+        values = self._micro[0] if len(self._micro) == 1 else torch.stack(self._micro).mean(0)
+        self._rows.append(torch.cat([torch.stack([finite.float(), loss_scale]), values, norms]))
+        self._steps.append((step, lr, self._batches))
+        self._micro, self._batches = [], []
 
     def waited(self, seconds: float) -> None:
         """Add time spent waiting for data."""
         self._waited += seconds
 
-    def close(self, process: Process) -> dict[str, float]:
-        """The means over steps and processes, with throughput; restarts the window (collective)."""
-        names = list(self._sums)
-        means = process.mean(torch.stack([self._sums[n].float() / self._counts[n] for n in names])).tolist()
+    def close(self, process: Process) -> tuple[dict[str, float], list[FailedStep]]:
+        """Means over the finite steps and the processes, with throughput; the other steps. Restarts (collective)."""
+        rows = torch.stack(self._rows)
+        finite = rows[:, 0] > 0
+        sums = process.mean(torch.where(finite[:, None], rows, 0).sum(0))
+        num_finite, _, *totals = torch.cat([finite.sum()[None], sums[1:]]).tolist()  # waits for the device, once
         elapsed = time.perf_counter() - self._since
-        scalars = {f"train/{name}": mean for name, mean in zip(names, means, strict=True)}
+        scalars: dict[str, float] = {}
+        num_values = len(self._names)
+        if num_finite:
+            means = [total / num_finite for total in totals]
+            scalars = {f"train/{name}": mean for name, mean in zip(self._names, means[:num_values], strict=True)}
+            scalars["train/grad_norm"] = means[num_values]
         scalars["speed/images_per_s"] = self._num_images * process.world_size / elapsed
-        scalars["speed/s_per_step"] = elapsed / self._counts["grad_norm"]
+        scalars["speed/s_per_step"] = elapsed / len(self._rows)
         scalars["speed/data_wait_share"] = self._waited / elapsed
         if process.device.type == "cuda":
             scalars["speed/peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
+        failed = self._failed(rows) if num_finite < len(self._rows) else []
         self.restart()
-        return scalars
+        return scalars, failed
+
+    def _failed(self, rows: Tensor) -> list[FailedStep]:
+        failed = []
+        for (step, lr, batches), (finite, loss_scale, *values) in zip(self._steps, rows.tolist(), strict=True):
+            if not finite:
+                losses = dict(zip(self._names, values, strict=False))
+                norms = dict(zip(self.norm_names, values[len(self._names) :], strict=True))
+                failed.append(
+                    FailedStep(
+                        step=step,
+                        lr=lr,
+                        losses=losses,
+                        gradient_norms=norms,
+                        loss_scale=loss_scale,
+                        counts=loss_scale <= 1,
+                        batches=batches,
+                    )
+                )
+        return failed
 
 
 class StopSignal:

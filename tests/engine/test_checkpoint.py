@@ -71,7 +71,7 @@ def test_round_trip(tmp_path):
 
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()])
 def test_a_failing_write_leaves_the_old_file_and_no_junk(tmp_path, monkeypatch, error):
-    path = checkpoint.step_path(tmp_path, 5)
+    path = run_folder.step_path(tmp_path, 5)
     checkpoint.save_checkpoint(path, state(5))
     before = path.read_bytes()
 
@@ -83,19 +83,19 @@ def test_a_failing_write_leaves_the_old_file_and_no_junk(tmp_path, monkeypatch, 
     with pytest.raises(type(error)):
         checkpoint.save_checkpoint(path, state(6))
     with pytest.raises(type(error)):
-        checkpoint.save_checkpoint(checkpoint.step_path(tmp_path, 10), state(10))
+        checkpoint.save_checkpoint(run_folder.step_path(tmp_path, 10), state(10))
     assert path.read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
 
 
 def test_what_a_killed_write_leaves_is_not_picked_up(tmp_path, monkeypatch):
     """Killed before the rename: nothing can tidy up, so the leftover must not look like a checkpoint."""
-    checkpoint.save_checkpoint(checkpoint.step_path(tmp_path, 5), state(5))
+    checkpoint.save_checkpoint(run_folder.step_path(tmp_path, 5), state(5))
     monkeypatch.setattr(Path, "replace", lambda self, target: None)
     monkeypatch.setattr(Path, "unlink", lambda self, missing_ok=False: None)
-    checkpoint.save_checkpoint(checkpoint.step_path(tmp_path, 10), state(10))
+    checkpoint.save_checkpoint(run_folder.step_path(tmp_path, 10), state(10))
     assert len(list(tmp_path.iterdir())) == 2
-    assert checkpoint.latest_checkpoint(tmp_path) == checkpoint.step_path(tmp_path, 5)
+    assert checkpoint.latest_checkpoint(tmp_path) == run_folder.step_path(tmp_path, 5)
 
 
 def test_missing_file_names_its_neighbours(tmp_path):
@@ -208,11 +208,11 @@ def test_latest_and_pruning(tmp_path):
     assert checkpoint.latest_checkpoint(tmp_path) is None
     assert checkpoint.latest_checkpoint(tmp_path / "missing") is None
     for step in (90, 5, 100_000, 900, 10):
-        checkpoint.step_path(tmp_path, step).touch()
+        run_folder.step_path(tmp_path, step).touch()
     (tmp_path / "final.pth").touch()
     (tmp_path / "best.pth").touch()
-    assert checkpoint.latest_checkpoint(tmp_path) == checkpoint.step_path(tmp_path, 100_000)
-    checkpoint.prune_checkpoints(tmp_path, keep=2)
+    assert checkpoint.latest_checkpoint(tmp_path) == run_folder.step_path(tmp_path, 100_000)
+    run_folder.prune_checkpoints(tmp_path, keep=2)
     assert {p.name for p in tmp_path.iterdir()} == {"step_00100000.pth", "step_00000900.pth", "final.pth", "best.pth"}
-    checkpoint.prune_checkpoints(tmp_path, keep=5)
+    run_folder.prune_checkpoints(tmp_path, keep=5)
     assert len(list(tmp_path.glob("step_*.pth"))) == 2

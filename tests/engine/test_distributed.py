@@ -18,8 +18,10 @@ from torch import Tensor, nn
 
 from fpn_det.data.loader import TestSampler
 from fpn_det.engine.coco_eval import read_ground_truth
+from fpn_det.engine.diagnosis import SkippedSteps
 from fpn_det.engine.distributed import Process, launched_process
 from fpn_det.engine.evaluate import View, evaluate
+from fpn_det.engine.precision import loss_scaler
 from fpn_det.engine.runlog import RunLog
 from fpn_det.engine.train import train
 from fpn_det.structures import Batch, Categories, Detections, InputError, Targets
@@ -109,14 +111,13 @@ def test_collectives():
     assert other == (1, 2, False, [], *shared)
 
 
-class Numbers:
-    """As much of a batch as the loop and `Line` need."""
-
-    def __init__(self, values: list[float]) -> None:
-        self.images = torch.tensor(values)
-
-    def to(self, device: torch.device, non_blocking: bool = False) -> Numbers:
-        return self
+def numbers(values: list[float]) -> Batch:
+    """Images of one pixel."""
+    n = len(values)
+    empty = Targets(boxes=torch.zeros(n, 0, 4), labels=torch.zeros(n, 0).long(), valid=torch.zeros(n, 0).bool())
+    sizes = torch.ones(n, 2, dtype=torch.int64)
+    images = torch.tensor(values).view(n, 1, 1, 1)
+    return Batch(images=images, sizes=sizes, targets=empty, image_ids=torch.arange(n), original_sizes=sizes)
 
 
 class Line(nn.Module):
@@ -125,7 +126,7 @@ class Line(nn.Module):
         self.slope = nn.Parameter(torch.tensor(0.5))
         self.idle = nn.Parameter(torch.tensor(1.0), requires_grad=False)
 
-    def forward(self, batch: Numbers) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    def forward(self, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         return {"fit": ((self.slope * batch.images - 3) ** 2).mean()}, {}
 
 
@@ -133,7 +134,7 @@ def fit(process: Process, *, accumulate: int = 1, noise: bool = False) -> float:
     """Train on steps of four numbers, shared out as the sampler does; returns the slope."""
     size = 4 // (process.world_size * accumulate)
     parts = [
-        Numbers([float(4 * step + i) / 10 for i in range(start, start + size)])
+        numbers([float(4 * step + i) / 10 for i in range(start, start + size)])
         for step in range(5)
         for micro in range(accumulate)
         for start in [(process.rank * accumulate + micro) * size]
@@ -142,14 +143,16 @@ def fit(process: Process, *, accumulate: int = 1, noise: bool = False) -> float:
     with RunLog(None, start_step=0, num_steps=5) as log:
         train(
             model,
-            parts,  # type: ignore[arg-type]
+            parts,
             optimizer=torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.5),
+            scaler=loss_scaler(torch.device("cpu"), "fp32"),
             lr_at=lambda step: 0.1,
             start_step=0,
             num_steps=5,
             seed=0,
             process=process,
             log=log,
+            skipped=SkippedSteps(limit=1),
             save=lambda step: None,
             evaluate=lambda step: None,
             accumulate=accumulate,
@@ -169,7 +172,7 @@ def test_two_processes_train_like_one(accumulate):
 def test_a_loss_that_is_not_finite_in_one_process_ends_all():
     def work(process: Process) -> str:
         class Broken(Line):
-            def forward(self, batch: Numbers) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+            def forward(self, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
                 losses, stats = super().forward(batch)
                 return {"fit": losses["fit"] * (float("nan") if process.rank == 1 else 1)}, stats
 

@@ -17,9 +17,11 @@ from torch import Tensor, nn
 
 from fpn_det import build
 from fpn_det.config import load_config
+from fpn_det.engine.diagnosis import Diverged, SkippedSteps
 from fpn_det.engine.distributed import Process
 from fpn_det.engine.evaluate import View, evaluate
 from fpn_det.engine.optim import MovingAverage
+from fpn_det.engine.precision import loss_scaler
 from fpn_det.engine.runlog import RunLog
 from fpn_det.engine.train import Window, format_seconds, step_seed, train
 from fpn_det.structures import Batch, InputError, Targets
@@ -57,7 +59,8 @@ def stream(size: int, start: int = 0) -> Iterator[Batch]:
 class Run:
     """Trains a toy and notes what the loop called."""
 
-    def __init__(self, model: nn.Module | None = None, *, momentum: float = 0.9) -> None:
+    def __init__(self, model: nn.Module | None = None, *, momentum: float = 0.9, max_skipped: int = 0) -> None:
+        self.skipped = SkippedSteps(limit=max_skipped)
         self.model = model or Toy()
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=1.0, momentum=momentum)
         self.calls: list[tuple[str, int]] = []
@@ -75,6 +78,8 @@ class Run:
                 num_steps=num_steps,
                 process=Process(),
                 log=log,
+                scaler=loss_scaler(torch.device("cpu"), options.get("precision", "fp32")),
+                skipped=self.skipped,
                 evaluate=lambda step: self.calls.append(("evaluate", step)),
                 **options,
             )
@@ -286,6 +291,8 @@ def test_four_images_are_learned_by_heart(shapes, tiny, tmp_path):
             seed=0,
             process=Process(),
             log=log,
+            scaler=loss_scaler(torch.device("cpu"), "fp32"),
+            skipped=SkippedSteps(limit=0),
             save=lambda step: None,
             evaluate=lambda step: None,
             clip_norm=10,
