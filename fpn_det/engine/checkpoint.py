@@ -61,9 +61,10 @@ def load_checkpoint(path: Path) -> State:
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror or error})") from error
     except Exception as error:  # zipfile and the unpickler meet other files with nearly any exception
+        reason = error if isinstance(error, ValueError) else type(error).__name__  # torch advises to run what is in it
         raise DamagedCheckpoint(
-            f"{path}: damaged, or not a checkpoint of tensors and plain data ({type(error).__name__}: {error}). Use "
-            "another; training with --resume takes the newest step_*.pth that is whole"
+            f"{path}: damaged, or not a checkpoint of tensors and plain data ({reason}). Use another; training with "
+            "--resume takes the newest step_*.pth that is whole"
         ) from error
     missing = {"model", "categories", "config", "step"} - set(state if isinstance(state, dict) else ())
     if missing:

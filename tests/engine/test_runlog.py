@@ -3,10 +3,12 @@
 import json
 from pathlib import Path
 
+import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from fpn_det.engine.runlog import RunLog
+from fpn_det.structures import InputError
 
 SPEED = {"speed/images_per_s": 8.0}
 
@@ -68,6 +70,32 @@ def test_resuming_replaces_the_records_after_the_checkpoint(tmp_path):
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert [e.step for e in events.Scalars("train/loss")] == [1, 2, 3, 4, 5, 6]
     assert [e.step for e in events.Scalars("val/AP")] == [3]
+
+
+def test_torn_records_of_a_crash_are_left_out(tmp_path):
+    path = tmp_path / "log.jsonl"
+    path.write_bytes(b'{"step": 1, "train/loss": 2.0}\n\0\0\0}\n[1]\n{"step": "x"}\n{"step": 2, "train/lo')
+    with RunLog(tmp_path, start_step=1, num_steps=4) as log:
+        assert log.kept == [{"step": 1, "train/loss": 2.0}]
+    assert path.read_text() == '{"step": 1, "train/loss": 2.0}\n'
+
+
+def test_a_full_disk_is_one_clear_error(tmp_path, monkeypatch):
+    with RunLog(tmp_path, start_step=0, num_steps=4) as log:
+        full = Path("/dev/full").open("w")
+        monkeypatch.setattr(log, "_text", full)
+        with pytest.raises(InputError, match=r"log\.txt: cannot be written \(No space left on device\)"):
+            log.message("hello")
+        monkeypatch.setattr(log, "_records", full)
+        with pytest.raises(InputError, match=r"log\.jsonl: cannot be written \(No space left on device\)"):
+            log.scalars(1, {"train/loss": 1.0})
+
+
+def test_closing_does_not_hide_the_error_under_way(tmp_path):
+    with pytest.raises(InputError, match="first"), RunLog(tmp_path, start_step=0, num_steps=4) as log:
+        log._text = Path("/dev/full").open("w")
+        log._text.write("x")
+        raise InputError("first")
 
 
 def test_evaluating_a_finished_run_again_replaces_its_last_record(tmp_path):

@@ -20,7 +20,7 @@ from fpn_det.config import load_config
 from fpn_det.engine.diagnosis import Diverged, SkippedSteps
 from fpn_det.engine.distributed import Process
 from fpn_det.engine.evaluate import View, evaluate
-from fpn_det.engine.optim import MovingAverage
+from fpn_det.engine.optim import MovingAverage, make_optimizer
 from fpn_det.engine.precision import loss_scaler
 from fpn_det.engine.runlog import RunLog
 from fpn_det.engine.train import Window, format_seconds, step_seed, train
@@ -61,6 +61,7 @@ class Run:
 
     def __init__(self, model: nn.Module | None = None, *, momentum: float = 0.9, max_skipped: int = 0) -> None:
         self.skipped = SkippedSteps(limit=max_skipped)
+        self.scaler = loss_scaler(torch.device("cpu"), "fp32")
         self.model = model or Toy()
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=1.0, momentum=momentum)
         self.calls: list[tuple[str, int]] = []
@@ -78,7 +79,7 @@ class Run:
                 num_steps=num_steps,
                 process=Process(),
                 log=log,
-                scaler=loss_scaler(torch.device("cpu"), options.get("precision", "fp32")),
+                scaler=self.scaler,
                 skipped=self.skipped,
                 evaluate=lambda step: self.calls.append(("evaluate", step)),
                 **options,
@@ -208,46 +209,161 @@ def test_a_second_signal_acts_as_usual():
         signal.signal(signal.SIGINT, inherited)
 
 
+class Failing(Toy):
+    """A loss that is `value` in batches with an image of `ids`; a norm with running statistics."""
+
+    def __init__(self, ids: set[int], value: float = math.nan) -> None:
+        super().__init__()
+        self.ids = ids
+        self.value = value
+        self.norm = nn.BatchNorm2d(3)
+
+    def forward(self, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        factor = self.value if self.ids & set(batch.image_ids.tolist()) else 1.0
+        losses, stats = super().forward(batch)
+        normed = self.norm(batch.images.float() * factor).square().mean()
+        return losses | {"fit": losses["fit"] * factor, "normed": normed}, stats
+
+
+def everything(run: Run) -> list[Tensor]:
+    """Weights, statistics and moments."""
+    moments = [
+        value
+        for p in run.model.parameters()
+        for name, value in sorted(run.optimizer.state[p].items())
+        if isinstance(value, Tensor)
+    ]
+    return [t.clone() for t in [*run.model.state_dict().values(), *moments] if t.is_floating_point()]
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_a_loss_that_is_not_finite_ends_the_run(value):
-    class Diverging(Toy):
-        def forward(self, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-            losses, stats = super().forward(batch)
-            return losses | {"fit": losses["fit"] * (value if batch.image_ids[0] >= 6 else 1)}, stats
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("kind", ["sgd", "adamw"])
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_step_that_is_not_finite_changes_nothing(tmp_path, value, accumulate, kind, fused):
+    """Neither the first step, where a fused SGD has no moments yet, nor a later one."""
 
-    run = Run(Diverging())
-    with pytest.raises(InputError, match=r"the loss is (nan|inf).* at step 5: training diverged. Lower optim.lr"):
-        run(stream(2), save_every=3, log_every=5)
+    def trained(batches: Iterator[Batch], num_steps: int, start_step: int = 0) -> Run:
+        torch.manual_seed(0)
+        run = Run(Failing({0, 9}, value), max_skipped=2)
+        options = {"momentum": 0.9, "weight_decay": 0.1, "norm_weight_decay": 0.0, "fused": fused}
+        run.optimizer = make_optimizer(run.model, kind=kind, lr=1.0, **options)
+        folder = tmp_path / str(num_steps)
+        folder.mkdir()
+        run(batches, num_steps=num_steps, accumulate=accumulate, lr_at=lambda step: 0.01, log_folder=folder)
+        return run
+
+    size = 4 // accumulate
+    micro = [batch_of(list(range(i, i + size))) for i in range(0, 16, size)]
+    run = trained(iter(micro), 4)  # images 0 and 9: steps 0 and 2
+    without = trained(iter(micro[4 // size : 8 // size] + micro[12 // size :]), 2)
+    for one, other in zip(everything(run), everything(without), strict=True):
+        assert torch.equal(one, other)
+    assert run.skipped.count == 2
+    assert not torch.equal(run.model.weight, Toy().weight)
+    [first, second, third, fourth] = records(tmp_path / "4")
+    assert "train/loss" not in first
+    assert [r["train/skipped_steps"] for r in (first, second, third, fourth)] == [1, 1, 2, 2]
+    assert math.isfinite(fourth["train/loss"])
+    text = (tmp_path / "4" / "log.txt").read_text()
+    assert f"step 0 skipped: fit is {value}" in text
+    assert "images 0, 1, 2, 3)" in text
+
+
+def test_too_many_steps_that_are_not_finite_end_the_run(tmp_path):
+    run = Run(Failing({6, 8}), max_skipped=1)
+    with pytest.raises(Diverged, match=r"2 of the last 1,000 steps .* step 3 skipped: fit is nan"):
+        run(stream(2), save_every=3, log_every=2, log_folder=tmp_path)
     assert run.calls == [("save", 3)]
-    run = Run(Diverging())
-    with pytest.raises(InputError, match="at step 4"):  # found before saving, though no record is due
-        run(stream(2), save_every=2, log_every=100)
-    assert run.calls == [("save", 2)]
+    diagnosis = json.loads((tmp_path / "diagnosis.json").read_text())
+    assert [f["step"] for f in diagnosis["failed_steps"]] == [3, 4]
+    failed = diagnosis["failed_steps"][0]
+    assert failed["losses"]["fit"] == failed["losses"]["loss"] == "nan"
+    assert failed["lr"] == 1e-4
+    assert [i["id"] for i in failed["images"]] == [6, 7]
+    assert failed["gradient_norms"].keys() == {"total", "weight", "norm"}
+    assert failed["gradient_norms"]["total"] == failed["gradient_norms"]["weight"] == "nan"
+    assert [m["step"] for m in diagnosis["means_before"]] == [2, 3]
+    assert diagnosis["failed_steps_by_process"] == [diagnosis["failed_steps"]]
+    assert {"cause", "evidence", "remedy"} == diagnosis["likely_causes"][0].keys()
 
 
-def test_a_gradient_that_is_not_finite_ends_the_run():
+def test_a_gradient_that_is_not_finite_is_named_by_its_part():
     class Steep(Toy):
         def forward(self, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
             return {"fit": (self.weight - 0.5).sqrt().sum()}, {}  # 0, with an infinite slope
 
     run = Run(Steep())
-    with pytest.raises(InputError, match=r"the loss is 0\.0, the gradient's norm (nan|inf) at step 1"):
+    with pytest.raises(Diverged, match=r"step 0 skipped: the gradient of weight is (nan|inf)"):
         run(stream(2))
     assert run.calls == []
+    assert torch.equal(run.model.weight, Toy().weight)
+
+
+def test_what_was_skipped_before_counts_in_all_but_the_limit():
+    run = Run(Failing({0}))
+    run.skipped = SkippedSteps(limit=1, count=7)
+    run(stream(2), num_steps=2)
+    assert run.skipped.count == 8
+
+
+def test_float16_lowers_the_loss_scale_until_the_gradient_fits(tmp_path):
+    """Overflow at a large scale is no fault of the run, at a scale of 1 it is."""
+    run = Run(max_skipped=0)
+    run.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127)
+    run(stream(2), num_steps=40, precision="fp16", log_folder=tmp_path)
+    assert 1 < run.skipped.count < 35
+    assert run.scaler.get_scale() == 2.0 ** (127 - run.skipped.count)
+    assert "loss scale" in (tmp_path / "log.txt").read_text()
+
+    run = Run(Failing(set(range(100))), max_skipped=3)
+    run.scaler = torch.amp.GradScaler("cpu", init_scale=16.0)
+    with pytest.raises(Diverged, match=r"4 of the last .* float16"):
+        run(stream(2), num_steps=20, precision="fp16")
+    assert run.skipped.count == 4 + 4  # 16, 8, 4, 2 do not count against the limit
+
+
+def test_out_of_memory_says_what_to_lower():
+    class Large(Toy):
+        def forward(self, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    message = (
+        r"out of memory on cpu: 2 images padded to 2x2 .* with 0, 0 boxes, ids 0, 1\. Lower train.batch_size.*"
+        r"train.accumulate.*data.short_sides.*2\.00 GiB"
+    )
+    with pytest.raises(InputError, match=message):
+        Run(Large())(stream(2))
+
+    class Huge(Toy):
+        def forward(self, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+            return {"fit": torch.empty(2**60)[0]}, {}
+
+    with pytest.raises(InputError, match="out of memory on cpu"):
+        Run(Huge())(stream(2))
 
 
 def test_window_means():
-    window = Window()
+    window = Window(["total"])
+
+    def step(value: float, finite: bool = True) -> None:
+        for part in (value - 1, value + 1):
+            window.add(batch_of([0, 1]), {"loss": torch.tensor(part)})
+        rest = {"norms": torch.tensor([value + 2]), "finite": torch.tensor(finite), "loss_scale": torch.tensor(1.0)}
+        window.end_step(7, lr=0.1, **rest)
+
     for value in (1.0, 2.0, 6.0):
-        window.add({"loss": torch.tensor(value)}, num_images=4)
+        step(value)
         window.waited(0.0)
-    window.add({"grad_norm": torch.tensor(5.0)})
-    scalars = window.close(Process())
+    step(math.nan, finite=False)
+    scalars, [failed] = window.close(Process())
     assert (scalars["train/loss"], scalars["train/grad_norm"]) == (3.0, 5.0)
-    assert scalars["speed/images_per_s"] * scalars["speed/s_per_step"] == pytest.approx(12)
-    window.add({"loss": torch.tensor(7.0)})
-    window.add({"grad_norm": torch.tensor(1.0)})
-    assert window.close(Process())["train/loss"] == 7.0  # nothing left over
+    assert scalars["speed/images_per_s"] * scalars["speed/s_per_step"] == pytest.approx(4)
+    assert (failed.step, failed.lr, failed.image_ids()) == (7, 0.1, [0, 1, 0, 1])
+    assert all(len(batch.images.untyped_storage()) == 0 for batch in failed.batches)  # pixels are not kept
+    step(7.0)
+    scalars, failures = window.close(Process())
+    assert (scalars["train/loss"], failures) == (7.0, [])  # nothing left over
 
 
 def test_format_seconds():
