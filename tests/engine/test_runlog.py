@@ -80,22 +80,30 @@ def test_torn_records_of_a_crash_are_left_out(tmp_path):
     assert path.read_text() == '{"step": 1, "train/loss": 2.0}\n'
 
 
+def full_disk(monkeypatch, log: RunLog) -> None:
+    for name in ("_text", "_records"):
+        monkeypatch.setattr(log, name, Path("/dev/full").open("w"))  # noqa: SIM115 - closed by the log
+
+
 def test_a_full_disk_is_one_clear_error(tmp_path, monkeypatch):
-    with RunLog(tmp_path, start_step=0, num_steps=4) as log:
-        full = Path("/dev/full").open("w")
-        monkeypatch.setattr(log, "_text", full)
-        with pytest.raises(InputError, match=r"log\.txt: cannot be written \(No space left on device\)"):
+    log = RunLog(tmp_path, start_step=0, num_steps=4)
+    full_disk(monkeypatch, log)
+    with pytest.raises(InputError, match=r"log\.txt: cannot be written \(No space left on device\)"):
+        log.message("hello")
+    with pytest.raises(InputError, match=r"log\.jsonl: cannot be written \(No space left on device\)"):
+        log.scalars(1, {"train/loss": 1.0})
+    with pytest.raises(InputError, match="cannot be written"):  # what is still in a buffer
+        log.__exit__(None, None, None)
+
+
+def test_closing_does_not_hide_the_error_under_way(tmp_path, monkeypatch):
+    def fail() -> None:
+        with RunLog(tmp_path, start_step=0, num_steps=4) as log:
+            full_disk(monkeypatch, log)
             log.message("hello")
-        monkeypatch.setattr(log, "_records", full)
-        with pytest.raises(InputError, match=r"log\.jsonl: cannot be written \(No space left on device\)"):
-            log.scalars(1, {"train/loss": 1.0})
 
-
-def test_closing_does_not_hide_the_error_under_way(tmp_path):
-    with pytest.raises(InputError, match="first"), RunLog(tmp_path, start_step=0, num_steps=4) as log:
-        log._text = Path("/dev/full").open("w")
-        log._text.write("x")
-        raise InputError("first")
+    with pytest.raises(InputError, match=r"log\.txt"):
+        fail()
 
 
 def test_evaluating_a_finished_run_again_replaces_its_last_record(tmp_path):
