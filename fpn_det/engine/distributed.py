@@ -18,11 +18,12 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from types import TracebackType
 from typing import Any, Self, TypeVar
+from uuid import uuid4
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed import TCPStore  # type: ignore[attr-defined]  # documented, not exported
+from torch.distributed import rendezvous
 
 from fpn_det.structures import InputError
 
@@ -116,9 +117,10 @@ class Watchdog:
     Args:
         rank, world_size: this process among all.
         timeout: the longest time between two notes.
+        store: where the processes tell each other; not the one of the collectives, which may be waiting.
     """
 
-    def __init__(self, *, rank: int, world_size: int, timeout: timedelta) -> None:
+    def __init__(self, *, rank: int, world_size: int, timeout: timedelta, store: dist.Store) -> None:
         self.rank = rank
         self.world_size = world_size
         self.timeout_s = timeout.total_seconds()
@@ -127,9 +129,7 @@ class Watchdog:
         self._num_told = 0
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
-        # A connection of its own: the job's may be waiting in a collective.
-        host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        self._store = TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=30))
+        self._store = store
 
     def note(self, what: str, step: int | None = None) -> None:
         """Note progress."""
@@ -231,8 +231,12 @@ def launched_process(device: str | None = None, timeout: timedelta = timedelta(m
         local = torch.device("cuda", local_rank)
         torch.cuda.set_device(local)
     try:
+        store, rank, world_size = _join(timeout)
         dist.init_process_group(
             "nccl" if kind == "cuda" else "gloo",
+            store=store,
+            rank=rank,
+            world_size=world_size,
             timeout=timeout + timedelta(minutes=1),  # the watchdog, which knows more, comes first
             device_id=local if kind == "cuda" else None,
         )
@@ -242,8 +246,7 @@ def launched_process(device: str | None = None, timeout: timedelta = timedelta(m
             f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')} ({_first_line(error)}). Start as many as "
             "--nnodes and --nproc-per-node say, with the same --rdzv-endpoint, and open that port between the machines"
         ) from error
-    rank, world_size = dist.get_rank(), dist.get_world_size()
-    with Watchdog(rank=rank, world_size=world_size, timeout=timeout) as watchdog:
+    with Watchdog(rank=rank, world_size=world_size, timeout=timeout, store=store.clone()) as watchdog:
         try:
             yield Process(rank=rank, world_size=world_size, device=local, watchdog=watchdog)
         except RuntimeError as error:
@@ -256,6 +259,32 @@ def launched_process(device: str | None = None, timeout: timedelta = timedelta(m
             ) from error
     # Not after an exception: NCCL would wait for processes that wait for this one in a collective. Exiting ends it all.
     dist.destroy_process_group()
+
+
+def _join(timeout: timedelta) -> tuple[dist.Store, int, int]:
+    """Find the other processes: a store that all of them share and no earlier ones used, the rank, the number of ranks.
+
+    `torchrun` keeps its store when it starts the processes again, and in it the addresses of processes that are gone,
+    which gloo would take for those of the new ones. So the main process thinks of a name for this start, and answers
+    all who ask, each by a name that is used once.
+    """
+    store, rank, world_size = next(rendezvous("env://", timeout=timeout))
+    start = uuid4().hex
+    if rank > 0:
+        store.set(f"asks/{rank}", start)
+        start = store.get(f"answer/{start}").decode()
+        store.set(f"{start}/{rank}", "here")
+        return dist.PrefixStore(start, store), rank, world_size
+    missing, deadline = list(range(1, world_size)), time.monotonic() + timeout.total_seconds()
+    while missing:
+        for other in missing:
+            if store.check([f"asks/{other}"]):  # perhaps an earlier process of that rank: then nobody reads the answer
+                store.set(f"answer/{store.get(f'asks/{other}').decode()}", start)
+        time.sleep(0.02)
+        missing = [other for other in missing if not store.check([f"{start}/{other}"])]
+        if missing and time.monotonic() > deadline:
+            raise RuntimeError(f"rank {', '.join(map(str, missing))} of {world_size} did not come")
+    return dist.PrefixStore(start, store), rank, world_size
 
 
 def _first_line(error: BaseException) -> str:

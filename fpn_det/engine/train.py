@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 import signal
 import time
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from types import FrameType, TracebackType
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -86,7 +87,10 @@ def train(
         # Buffers need no sharing at each step: those of the main process are the ones saved and evaluated.
         # Parts that are compiled are graphs of their own already; cut at its buckets, they would be many more.
         torch._dynamo.config.optimize_ddp = False
-        network = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+        parameters = inspect.signature(DistributedDataParallel).parameters
+        sharing = "forward_sync_buffers" if "forward_sync_buffers" in parameters else "broadcast_buffers"
+        options: dict[str, Any] = {sharing: False, "gradient_as_bucket_view": True}
+        network = DistributedDataParallel(model, **options)
     parts = trained_parts(model)
     running_statistics = RunningStatistics(model)
     remedy = (
