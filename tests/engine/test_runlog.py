@@ -39,6 +39,26 @@ def test_records_text_and_console(tmp_path, capsys):
     assert events.Tags()["images"] == ["val/0"]
 
 
+def test_names_cannot_steer_the_terminal(tmp_path, capsys):
+    with RunLog(tmp_path, start_step=0, num_steps=6) as log:
+        log.message("two\nlines of 甲虫\x1b[2J\r\u202e\ud800")
+    lines = ["two", r"lines of 甲虫\x1b[2J\r\u202e\ud800"]
+    assert capsys.readouterr().out.split("\n") == [*lines, ""]
+    assert (tmp_path / "log.txt").read_text(encoding="utf-8").split("\n") == [*lines, ""]
+
+
+def test_the_files_do_not_depend_on_the_locale(tmp_path, monkeypatch):
+    open_file = Path.open
+
+    def of_ascii(path, mode="r", buffering=-1, encoding=None, **rest):
+        return open_file(path, mode, buffering, encoding or ("ascii" if "b" not in mode else None), **rest)
+
+    monkeypatch.setattr(Path, "open", of_ascii)
+    with RunLog(tmp_path, start_step=0, num_steps=6) as log:
+        log.message("甲虫")
+    assert (tmp_path / "log.txt").read_text(encoding="utf-8") == "甲虫\n"
+
+
 def test_other_processes_write_nothing(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     with RunLog(None, start_step=0, num_steps=6) as log:
