@@ -277,7 +277,7 @@ def _check_address(url: str, *, origin: str | None = None) -> None:
         scheme, host = urlsplit(url).scheme, urlsplit(url).hostname
     except ValueError:
         scheme, host = "", None
-    is_local = scheme == "http" and host in ("127.0.0.1", "::1") and not (origin or "").startswith("https:")
+    is_local = scheme == "http" and host in ("127.0.0.1", "::1") and urlsplit(origin or "").scheme != "https"
     if not re.fullmatch("[!-~]+", url) or not (is_local or (scheme == "https" and host)):
         redirected = f"{origin}: redirects to " if origin else ""
         raise InputError(

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import re
 import shutil
 import ssl
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -158,6 +160,19 @@ def test_a_file_arrives_whole_and_alone(server: Server, tmp_path: Path, sha256: 
     assert names(path.parent) == ["weights.pth"]
     download(server.url(), path, sha256=sha256)
     assert len(server.requests) == 1  # the second time it is there
+
+
+def test_progress_on_a_terminal(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    server.cuts = [100_000]
+    download(server.url(), tmp_path / "weights\x1b.pth")
+    shown = sys.stderr.getvalue()
+    assert re.search(r"weights\\x1b\.pth: +50%\|.*97\.7k/195k \[", shown)  # where the second attempt begins
+    assert re.search(r"100%\|.*195k/195k \[\d\d:\d\d<.*B/s\]", shown)
 
 
 @pytest.mark.parametrize("chunked", [False, True])
