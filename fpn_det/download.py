@@ -6,7 +6,6 @@ part of. One process at a time writes them: the others of a job wait for its loc
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import os
 import re
@@ -92,6 +91,8 @@ def download(url: str, path: Path, *, sha256: str | None = None) -> None:
 @contextmanager
 def _exclusive(path: Path, companion: Path) -> Iterator[IO[bytes]]:
     """Open a file for appending, one process at a time; left empty, it and its companion are deleted."""
+    import fcntl  # here, because Windows lacks it: there, what is downloaded by other means can be used
+
     while True:
         with path.open("ab") as file:
             try:
