@@ -1,16 +1,17 @@
-"""What the command-line tools share: arguments of a run, and errors as one line instead of a traceback."""
+"""What the command-line tools share: arguments of a run, what they print, errors as one line instead of a traceback."""
 
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, TextIO
 
-from fpn_det.structures import InputError
+from fpn_det.structures import InputError, printable
 
 
 def config_parser(description: str | None) -> argparse.ArgumentParser:
@@ -23,9 +24,25 @@ def config_parser(description: str | None) -> argparse.ArgumentParser:
     return parser
 
 
+def say(text: str, *, file: TextIO | None = None) -> None:
+    """Print lines that may hold names from files: whatever else a terminal would obey is escaped.
+
+    Args:
+        text: one line or more; a name that is a part of a line must not break it, so escape it with `printable`.
+        file: the standard output by default.
+    """
+    print(printable(text, keep="\n"), file=file)
+
+
 @contextmanager
 def user_errors() -> Iterator[None]:
-    """Exit with code 2 and one line on an `InputError` or a path that cannot be used, with 130 on Ctrl-C."""
+    """Exit with code 2 and one line on an `InputError` or a path that cannot be used, with 130 on Ctrl-C.
+
+    From here on, characters that the encoding of the console lacks are printed as escapes.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         yield
     except InputError as error:
@@ -42,5 +59,5 @@ def user_errors() -> Iterator[None]:
 
 def _fail(message: str) -> NoReturn:
     rank = os.environ.get("RANK", "0")
-    print(f"error: {message}" if rank == "0" else f"error (rank {rank}): {message}", file=sys.stderr)
+    say(f"error: {message}" if rank == "0" else f"error (rank {rank}): {message}", file=sys.stderr)
     sys.exit(2)

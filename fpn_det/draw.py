@@ -7,6 +7,8 @@ enlarged by a whole number.
 from __future__ import annotations
 
 import colorsys
+import math
+from bisect import bisect_right
 from collections.abc import Sequence
 
 import numpy as np
@@ -14,7 +16,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from fpn_det.structures import Detections
+from fpn_det.structures import Detections, printable
 
 Color = tuple[int, int, int]
 
@@ -48,7 +50,7 @@ def draw_boxes(
     Args:
         image: (3, H, W) uint8, RGB.
         boxes: (B, 4) XYXY, in pixels of `image`; parts outside are not drawn, boxes with NaN neither.
-        labels: B texts; an empty one draws the box alone.
+        labels: B texts; an empty one draws the box alone. Control characters are shown as escapes.
         colors: B RGB colours.
         width: of the lines, in pixels; by default it follows the image's size.
 
@@ -163,10 +165,12 @@ def _draw_label(draw: ImageDraw.ImageDraw, text: str, x: int, y: int, *, color: 
     font = _font(canvas)
     pad = max(1, round(font.size / 6))
     limit = canvas[0] - 2 * pad
+    text = printable(text[: canvas[0]])  # hardly a letter is narrower than a pixel
     if font.getlength(text) > limit:
-        while text and font.getlength(text + "…") > limit:
-            text = text[:-1]
-        text += "…"
+        num_fitting = (
+            bisect_right(range(len(text)), limit, key=lambda end: math.ceil(font.getlength(text[:end] + "…"))) - 1
+        )
+        text = f"{text[: max(num_fitting, 0)]}…"
     ascent, descent = font.getmetrics()
     width, height = round(font.getlength(text)) + 2 * pad, ascent + descent
     x = max(0, min(x, canvas[0] - width))

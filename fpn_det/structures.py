@@ -25,6 +25,27 @@ class InputError(ValueError):
     """
 
 
+def printable(text: str, *, keep: str = "") -> str:
+    """Text of unknown origin for people to read: what a terminal would obey or not show, as Python's escapes.
+
+    Class and file names may hold anything: sequences that clear the screen, line breaks that forge a line of the log,
+    marks that reverse the order of what follows, halves of characters that no encoding takes.
+
+    Args:
+        text: any string.
+        keep: control characters to leave as they are; a newline where a text may have several lines.
+
+    Returns:
+        Letters, signs and accents of all scripts and plain spaces as they are; control and formatting characters, other
+        spaces, unpaired surrogates and unassigned characters as `\\x1b` or `\\u202e`.
+    """
+    if text.isprintable():
+        return text
+    return "".join(
+        char if char.isprintable() or char in keep else char.encode("unicode_escape").decode("ascii") for char in text
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class Categories:
     """The one map between a data set's categories and the class indices 0..K-1; stored in every checkpoint.

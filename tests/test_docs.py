@@ -15,7 +15,8 @@ from fpn_det.config import Config, parse_config
 ROOT = Path(__file__).parent.parent
 FIDELITY = (ROOT / "docs/fidelity.md").read_text(encoding="utf-8")
 CODE = re.findall(r"`([^`\n]+)`", FIDELITY)
-TESTS = sorted({code for code in CODE if "::" in code})
+SECURITY = re.findall(r"`([^`\n]+)`", (ROOT / "SECURITY.md").read_text(encoding="utf-8"))
+TESTS = sorted({code for code in [*CODE, *SECURITY] if "::" in code})
 DEFAULTS = sorted({code for code in CODE if re.match(r"[a-z_0-9]+\.[a-z_0-9.]+: ", code)})
 OVERRIDES = sorted({code for code in CODE if re.match(r"[a-z_0-9]+\.[a-z_0-9.]+=", code)})
 
@@ -45,6 +46,14 @@ def test_every_row_has_a_cell_per_framework_and_a_test():
         assert len(cells) == 6, row
         assert all(cells), row
         assert "::" in cells[-1], row
+
+
+def test_every_promise_of_security_has_a_test():
+    promised = (ROOT / "SECURITY.md").read_text(encoding="utf-8").partition("## Not promised")[0]
+    rows = [line for line in promised.split("\n") if re.match(r"\|(?! from a stranger|---)", line)]
+    assert len(rows) > 10
+    for row in rows:
+        assert "`tests/" in row.strip("|").split("|")[-1], row
 
 
 @pytest.mark.parametrize("name", TESTS)

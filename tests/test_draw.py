@@ -112,6 +112,25 @@ def test_long_text_is_shortened() -> None:
     assert 450 < x2 - x1 <= 500
 
 
+def test_any_text_can_be_drawn() -> None:
+    """Line breaks, NUL and surrogates would be errors of Pillow; a million letters must not take minutes."""
+    for text in (
+        "a\nb",
+        "a\0b",
+        "\ud800",
+        "\x1b[2J\r\u202e",
+        "赤血球",
+        "e\u0301",
+        "\u0301" * 3000,
+        "\n" * 10**6,
+        "i" * 10**6,
+    ):
+        out = draw_boxes(gray(), boxes_of([200, 200, 300, 300]), [text], colors=[BLUE])
+        assert where(out, BLUE).any()
+    shown = draw_boxes(gray(), boxes_of([200, 200, 300, 300]), [r"a\nb"], colors=[BLUE])
+    assert torch.equal(draw_boxes(gray(), boxes_of([200, 200, 300, 300]), ["a\nb"], colors=[BLUE]), shown)
+
+
 @pytest.mark.parametrize(("background", "text"), [((255, 255, 0), 0), ((0, 0, 120), 255), ((0, 255, 0), 0)])
 def test_text_is_black_or_white_by_luminance(background, text: int) -> None:
     out = draw_boxes(gray(), boxes_of([200, 200, 300, 300]), ["cat"], colors=[background])

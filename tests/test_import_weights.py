@@ -95,6 +95,15 @@ def test_detector_becomes_checkpoint_and_config(
     assert torch.equal(model.backbone.layer4[1].conv2.weight, state_dict["backbone.body.layer4.1.conv2.weight"])
 
 
+def test_names_can_neither_write_the_config_nor_steer_the_terminal(source: Path, tool, tmp_path: Path) -> None:
+    evil = source.rename(tmp_path / "theirs\nseed: 7\n\x1b[2J.pth")
+    outcome = tool("import_weights", evil, tmp_path / "ours.pth")
+    assert outcome.code == 0, outcome.err
+    assert all(line.isprintable() for line in outcome.out.split("\n"))
+    assert (tmp_path / "ours.yaml").read_text().startswith(r"# Imported from torchvision: theirs\nseed: 7\n\x1b[2J.pth")
+    assert load_config(tmp_path / "ours.yaml").seed == 0
+
+
 def test_half_precision_is_stored_as_the_model_has_it(state_dict: dict[str, Tensor], tool, tmp_path: Path) -> None:
     torch.save({k: v.half() for k, v in state_dict.items()}, tmp_path / "half.pth")
     assert tool("import_weights", tmp_path / "half.pth", tmp_path / "ours.pth").code == 0

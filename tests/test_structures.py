@@ -3,7 +3,7 @@ import dataclasses
 import pytest
 import torch
 
-from fpn_det.structures import Batch, Categories, Detections, InputError, Proposals, Targets
+from fpn_det.structures import Batch, Categories, Detections, InputError, Proposals, Targets, printable
 
 
 @pytest.fixture
@@ -96,3 +96,27 @@ def test_categories_survive_a_checkpoint() -> None:
 
 def test_input_error_is_a_value_error() -> None:
     assert issubclass(InputError, ValueError)
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("red blood cell", "red blood cell"),
+        (
+            "Käfer, жук, 甲虫, 딱정벌레, חיפושית, भृंग, e\u0301, 🪲 \\x1b",
+            "Käfer, жук, 甲虫, 딱정벌레, חיפושית, भृंग, e\u0301, 🪲 \\x1b",
+        ),
+        ("\x1b[2J\x1b]0;title\x07", r"\x1b[2J\x1b]0;title\x07"),
+        ("cat\nstep 1: AP 99.9\r\t", r"cat\nstep 1: AP 99.9\r\t"),
+        ("a\0b\x7f\x9b2J", r"a\x00b\x7f\x9b2J"),
+        ("gpj.\u202etac\u2066 \u200b\ufeff\U000e0041", r"gpj.\u202etac\u2066 \u200b\ufeff\U000e0041"),
+        ("\ud800 \udc80 \U0010ffff \ue000", r"\ud800 \udc80 \U0010ffff \ue000"),
+        ("a\u2028b\u2029c\x85d\xa0e", r"a\u2028b\u2029c\x85d\xa0e"),
+        ("", ""),
+    ],
+)
+def test_printable(text: str, shown: str) -> None:
+    assert printable(text) == shown
+    assert printable(text, keep="\n") == "\n".join(map(printable, text.split("\n")))
+    assert printable(shown) == shown
+    shown.encode("utf-8")

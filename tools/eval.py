@@ -16,7 +16,7 @@ import json
 from pathlib import Path
 
 from fpn_det import build
-from fpn_det.cli import config_parser, user_errors
+from fpn_det.cli import config_parser, say, user_errors
 from fpn_det.config import Config, load_config
 from fpn_det.data.coco import format_problems
 from fpn_det.engine import checkpoint
@@ -69,9 +69,9 @@ def evaluate_checkpoint(config: Config, path: Path, folder: Path, *, proposals: 
     data, truth = build.load_val_data(config), build.load_ground_truth(config)
     checkpoint.check_categories(state, path, data.categories, data.source)
     if process.is_main:
-        print(data.summary())
+        say(data.summary())
         if data.problems:
-            print(format_problems(data.problems))
+            say(format_problems(data.problems))
     if proposals:
         batches = build.build_val_loader(config, data, process=process)
         recalls = build.evaluate_model_proposals(config, model, batches, truth, process=process)
@@ -90,10 +90,10 @@ def evaluate_checkpoint(config: Config, path: Path, folder: Path, *, proposals: 
 
 def report(metrics: Metrics | ProposalMetrics, table: str, path: Path, *, step: int | None = None) -> None:
     """Print the table and write the numbers, with the step of a checkpoint as training writes it."""
-    print(table)  # first: a folder that cannot be written must not cost the numbers
+    say(table)  # first: a folder that cannot be written must not cost the numbers
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(metrics if step is None else {**metrics, "step": step}, indent=2))
-    print(f"written: {path}")
+    say(f"written: {path}")
 
 
 if __name__ == "__main__":

@@ -25,11 +25,11 @@ import torch
 from torch import Tensor, nn
 
 from fpn_det.build import build_backbone, build_model
-from fpn_det.cli import user_errors
+from fpn_det.cli import say, user_errors
 from fpn_det.config import Config, dump_config, dump_yaml, parse_config
 from fpn_det.data.coco import read_categories
 from fpn_det.engine.checkpoint import save_checkpoint
-from fpn_det.structures import Categories, InputError
+from fpn_det.structures import Categories, InputError, printable
 from fpn_det.weights import detectron2, mmdetection, torchvision
 from fpn_det.weights.architecture import ARCHITECTURES
 from fpn_det.weights.coco_classes import COCO_CATEGORIES
@@ -108,8 +108,9 @@ def import_weights(
         )
 
     header = [f"Imported from {framework}: {source.name}", f"sha256 {sha256}", shlex.join(["python", *sys.argv])]
+    comments = [printable(line) for line in (*header, *converted.remarks)]  # a line break would end a comment
     values = with_body_weights(converted.config, checkpoint)
-    text = "".join(f"# {line}\n" for line in [*header, *converted.remarks]) + dump_yaml(values)
+    text = "".join(f"# {line}\n" for line in comments) + dump_yaml(values)
     config = parse_config(text, source=f"the config derived from {source}", name=config_path.stem)
     check_values(converted.state_dict, source)
     state: dict[str, Any]
@@ -122,15 +123,15 @@ def import_weights(
     checkpoint.parent.mkdir(parents=True, exist_ok=True)
     save_checkpoint(checkpoint, state)
     config_path.write_text(text, encoding="utf-8")
-    print(format_rows(converted.rows))
-    print(f"\n{header[0]}, {len(converted.rows)} tensors", *converted.remarks, sep="\n")
-    print(f"written: {checkpoint}, {config_path}. Next:")
+    say(format_rows(converted.rows))
+    say("\n".join([f"\n{comments[0]}, {len(converted.rows)} tensors", *comments[len(header) :]]))
+    say(f"written: {checkpoint}, {config_path}. Next:")
     pair = f"--config {shlex.quote(str(config_path))}"
     if converted.kind == "body":
-        print(f"  python tools/train.py {pair}")
+        say(f"  python tools/train.py {pair}")
     else:
         pair += f" --checkpoint {shlex.quote(str(checkpoint))}"
-        print(f"  python tools/eval.py {pair}\n  python tools/predict.py {pair} --input IMAGE|FOLDER --output FOLDER")
+        say(f"  python tools/eval.py {pair}\n  python tools/predict.py {pair} --input IMAGE|FOLDER --output FOLDER")
 
 
 def recognise(file: WeightFile) -> str:

@@ -23,7 +23,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fpn_det import build
-from fpn_det.cli import config_parser, user_errors
+from fpn_det.cli import config_parser, say, user_errors
 from fpn_det.config import Config, load_config
 from fpn_det.data.loader import collate
 from fpn_det.data.transforms import TestTransform, find_images, load_image
@@ -31,7 +31,7 @@ from fpn_det.draw import draw_detections
 from fpn_det.engine import checkpoint
 from fpn_det.engine.evaluate import Detector, detect, merge_views, to_coco_results
 from fpn_det.engine.precision import Precision
-from fpn_det.structures import Categories, Detections, InputError, Sample
+from fpn_det.structures import Categories, Detections, InputError, Sample, printable
 
 
 def main() -> None:
@@ -80,12 +80,12 @@ def predict(config: Config, checkpoint_path: Path, source: Path, folder: Path, *
         records += [{**r, "file_name": path.name} for r in results.records()]
     (folder / "predictions.json").write_text(json.dumps(records))
     drawn = sum(r["score"] >= score_thresh for r in records)
-    print(
+    say(
         f"{len(paths) - len(unreadable)} images, {len(records)} detections, {drawn} of them drawn "
         f"(score >= {score_thresh:g}): {folder}/*.png, {folder}/predictions.json"
     )
     for reason in unreadable:
-        print(f"skipped: {reason}", file=sys.stderr)
+        say(f"skipped: {printable(reason)}", file=sys.stderr)
     return len(unreadable)
 
 

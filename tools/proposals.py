@@ -17,7 +17,7 @@ import hashlib
 from pathlib import Path
 
 from fpn_det import build
-from fpn_det.cli import config_parser, user_errors
+from fpn_det.cli import config_parser, say, user_errors
 from fpn_det.config import Config, load_config
 from fpn_det.data.coco import load_coco
 from fpn_det.data.proposals import ImageProposals, read_proposals, write_proposals
@@ -81,7 +81,7 @@ def run(
             config=config.name,
             checkpoint_sha256=sha256(checkpoint_path),
         )
-        print(read_proposals(output).summary())
+        say(read_proposals(output).summary())
 
 
 def sha256(path: Path) -> str:

@@ -9,6 +9,7 @@ of them would reject or read differently:
   and of annotations that share an id it keeps the last only;
 - images and categories are numbered from 1 in the order of their ids: the arrays that hotcoco reads hold ids as
   float64, which cannot tell all int64 apart;
+- categories are named by their numbers: hotcoco takes no name with an unpaired surrogate;
 - results of unknown images or categories are refused: pycocotools stops at the first and passes over the second,
   hotcoco passes over both.
 
@@ -24,10 +25,12 @@ import contextlib
 import io
 import json
 import sys
+import unicodedata
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from itertools import chain
+from itertools import accumulate, chain
 from pathlib import Path
 from typing import Any, Literal, TypedDict
 
@@ -37,7 +40,7 @@ from numpy.typing import NDArray
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from fpn_det.structures import InputError
+from fpn_det.structures import InputError, printable
 
 Backend = Literal["pycocotools", "hotcoco"]
 
@@ -288,7 +291,7 @@ def format_table(metrics: Metrics, *, max_width: int = 110) -> str:
     """Lay out metrics for the console, in percent; '-' where COCO defines no number.
 
     Args:
-        metrics: as `score` gives them.
+        metrics: as `score` gives them; control characters in names are escaped.
         max_width: characters per line that the classes may fill; more than 40 of them stand in several columns.
 
     Returns:
@@ -300,11 +303,12 @@ def format_table(metrics: Metrics, *, max_width: int = 110) -> str:
         lines.append("".join(f"{labels[name]:>7}" for name in names))
         lines.append("".join(f"{_percent(metrics[name]):>7}" for name in names))  # type: ignore[literal-required]
 
-    per_class = [(_shortened(name, 32), numbers) for name, numbers in metrics["per_class"].items()]
-    name_width = max([len(name) for name, _ in per_class] + [len("class")])
+    per_class = [(_cut(printable(name), 32), numbers) for name, numbers in metrics["per_class"].items()]
+    name_width = max([_num_columns(name) for name, _ in per_class] + [len("class")])
     header = f"{'class':<{name_width}}{'AP':>6}{'AP50':>6}{'AR':>6}"
     rows = [
-        f"{name:<{name_width}}{_percent(n['AP']):>6}{_percent(n['AP50']):>6}{_percent(n['AR100']):>6}"
+        f"{name}{' ' * (name_width - _num_columns(name))}"
+        f"{_percent(n['AP']):>6}{_percent(n['AP50']):>6}{_percent(n['AR100']):>6}"
         for name, n in per_class
     ]
     gap = "  |  "
@@ -407,7 +411,7 @@ def _evaluate(
     columns = (truth.images + 1, truth.classes + 1, truth.boxes, truth.areas, truth.crowd.astype(np.int64))
     dataset: dict[str, list[dict[str, Any]]] = {
         "images": [{"id": i + 1} for i in range(len(truth.image_ids))],
-        "categories": [{"id": i + 1, "name": name} for i, name in enumerate(truth.names)],
+        "categories": [{"id": i + 1, "name": str(i + 1)} for i in range(len(truth.names))],
         "annotations": [
             {"id": i + 1, "image_id": image, "category_id": k, "bbox": box, "area": area, "iscrowd": crowd}
             for i, (image, k, box, area, crowd) in enumerate(zip(*(c.tolist() for c in columns), strict=True))
@@ -578,6 +582,22 @@ def _shown(value: Any) -> str:
 
 def _shortened(text: str, length: int) -> str:
     return text if len(text) <= length else text[: length - 1] + "…"
+
+
+def _cut(text: str, limit: int) -> str:
+    """`text` in at most `limit` columns of a terminal."""
+    if _num_columns(text) <= limit:
+        return text
+    ends = list(accumulate(map(_num_columns, text)))
+    return f"{text[: bisect_right(ends, limit - 1)]}…"
+
+
+def _num_columns(text: str) -> int:
+    """How wide a terminal shows printable text: Chinese or Korean signs fill two columns, accents of their own none."""
+    if text.isascii():
+        return len(text)
+    wide = sum(unicodedata.east_asian_width(char) in "WF" for char in text)
+    return len(text) + wide - sum(unicodedata.category(char) in ("Mn", "Me") for char in text)
 
 
 def _percent(value: float) -> str:

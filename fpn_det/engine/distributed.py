@@ -23,9 +23,9 @@ from uuid import uuid4
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed import rendezvous
+from torch.distributed import PrefixStore, Store, rendezvous  # type: ignore[attr-defined]
 
-from fpn_det.structures import InputError
+from fpn_det.structures import InputError, printable
 
 T = TypeVar("T")
 
@@ -120,7 +120,7 @@ class Watchdog:
         store: where the processes tell each other; not the one of the collectives, which may be waiting.
     """
 
-    def __init__(self, *, rank: int, world_size: int, timeout: timedelta, store: dist.Store) -> None:
+    def __init__(self, *, rank: int, world_size: int, timeout: timedelta, store: Store) -> None:
         self.rank = rank
         self.world_size = world_size
         self.timeout_s = timeout.total_seconds()
@@ -155,7 +155,7 @@ class Watchdog:
             waited_s = time.monotonic() - self._note[2]
             if waited_s > self.timeout_s:
                 message = f"error (rank {self.rank}): no progress for {waited_s:.0f} s while {self.where()}. "
-                print(message + self._held_up_by(), file=sys.stderr, flush=True)
+                print(printable(message + self._held_up_by()), file=sys.stderr, flush=True)
                 os._exit(STALLED_EXIT_CODE)  # the main thread waits outside of Python
 
     def _tell(self) -> None:
@@ -261,7 +261,7 @@ def launched_process(device: str | None = None, timeout: timedelta = timedelta(m
     dist.destroy_process_group()
 
 
-def _join(timeout: timedelta) -> tuple[dist.Store, int, int]:
+def _join(timeout: timedelta) -> tuple[Store, int, int]:
     """Find the other processes: a store that all of them share and no earlier ones used, the rank, the number of ranks.
 
     `torchrun` keeps its store when it starts the processes again, and in it the addresses of processes that are gone,
@@ -274,7 +274,7 @@ def _join(timeout: timedelta) -> tuple[dist.Store, int, int]:
         store.set(f"asks/{rank}", start)
         start = store.get(f"answer/{start}").decode()
         store.set(f"{start}/{rank}", "here")
-        return dist.PrefixStore(start, store), rank, world_size
+        return PrefixStore(start, store), rank, world_size
     missing, deadline = list(range(1, world_size)), time.monotonic() + timeout.total_seconds()
     while missing:
         for other in missing:
@@ -284,7 +284,7 @@ def _join(timeout: timedelta) -> tuple[dist.Store, int, int]:
         missing = [other for other in missing if not store.check([f"{start}/{other}"])]
         if missing and time.monotonic() > deadline:
             raise RuntimeError(f"rank {', '.join(map(str, missing))} of {world_size} did not come")
-    return dist.PrefixStore(start, store), rank, world_size
+    return PrefixStore(start, store), rank, world_size
 
 
 def _first_line(error: BaseException) -> str:

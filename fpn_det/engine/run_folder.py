@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import json
+import math
 import os
 import platform
 import time
@@ -50,13 +51,13 @@ def opened_run(folder: Path, *, resume: bool) -> Iterator[tuple[State | None, li
                 f"{folder}: another run writes there ({_owner(file)}). Wait for it, stop it, or choose another "
                 f"--output-dir; if there is no such run, delete {folder / LOCK}"
             )
-        is_restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0 and _read(file).get("job") == _job()
         try:
-            state, notes = _state_to_resume(folder, resume=resume or is_restarted)
+            state, notes = _state_to_resume(folder, resume=resume or _is_of_this_job(_read(file)))
             own = {
                 "host": platform.node(),
                 "pid": os.getpid(),
                 "since": time.strftime("%Y-%m-%d %H:%M:%S"),
+                "time": time.time(),
                 "job": _job(),
             }
             with write_errors(folder / LOCK):
@@ -101,10 +102,29 @@ def _owner(file: TextIO) -> str:
     return f"process {owner.get('pid')} on {owner.get('host')} since {owner.get('since')}"
 
 
-def _job() -> str:
-    """What tells the job of `torchrun` from others and stays the same when it starts its processes again."""
-    run_id = os.environ.get("TORCHELASTIC_RUN_ID", "none")
-    return run_id if run_id != "none" else f"{platform.node()} {os.getppid()}"
+def _job() -> str | None:
+    """The id of the job that `torchrun` started; without one from the user, the machine and the process of torchrun."""
+    run_id = os.environ.get("TORCHELASTIC_RUN_ID")
+    return f"{platform.node()} {os.getppid()}" if run_id == "none" else run_id
+
+
+def _is_of_this_job(owner: Mapping[str, object]) -> bool:
+    """Whether the run belongs to this job, so that `torchrun` has started its processes again.
+
+    Ids may be used again for another job, but the torchrun of that one is younger than the run. Its own count of
+    restarts does not tell: on machines that lost no process it stays 0.
+    """
+    job, written = _job(), owner.get("time")
+    return job is not None and owner.get("job") == job and isinstance(written, float) and written > _launched_at()
+
+
+def _launched_at() -> float:
+    """When the parent of this process, torchrun, started (seconds since 1970); never, where that is unknown."""
+    try:
+        ticks = int(Path(f"/proc/{os.getppid()}/stat").read_text().rpartition(")")[2].split()[19])  # proc(5): starttime
+        return time.time() - time.clock_gettime(time.CLOCK_BOOTTIME) + ticks / os.sysconf("SC_CLK_TCK")
+    except (OSError, AttributeError):
+        return math.inf
 
 
 def _state_to_resume(folder: Path, *, resume: bool) -> tuple[State | None, list[str]]:

@@ -1,6 +1,7 @@
 """What a run tells: lines on the console, `log.txt` and `log.jsonl` in its folder, TensorBoard.
 
-Only the main process writes. On a terminal, steps appear as a progress bar; elsewhere as plain lines.
+Only the main process writes. Control characters in what is told are escaped, because names may come from any file.
+On a terminal, steps appear as a progress bar; elsewhere as plain lines.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from fpn_det.files import write_errors, write_json, write_text
-from fpn_det.structures import InputError
+from fpn_det.structures import InputError, printable
 
 
 class RunLog:
@@ -47,8 +48,8 @@ class RunLog:
             return
         self.kept = _drop_records(folder / "log.jsonl", start_step=start_step, num_steps=num_steps)
         with write_errors(folder):
-            self._records = (folder / "log.jsonl").open("a")
-            self._text = (folder / "log.txt").open("a")
+            self._records = (folder / "log.jsonl").open("a", encoding="utf-8")
+            self._text = (folder / "log.txt").open("a", encoding="utf-8")
             self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=start_step + 1)
         self._is_terminal = sys.stderr.isatty()
         self._bar = tqdm(total=num_steps, initial=start_step, unit="step", disable=not self._is_terminal, smoothing=0.1)
@@ -67,8 +68,9 @@ class RunLog:
                 self._writer.close()
 
     def message(self, text: str) -> None:
-        """Tell the user something."""
+        """Tell the user something, in one line or more."""
         if self.folder is not None:
+            text = printable(text, keep="\n")
             tqdm.write(text, file=sys.stdout)
             sys.stdout.flush()
             with write_errors(self.folder / "log.txt"):

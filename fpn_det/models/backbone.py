@@ -16,6 +16,7 @@ import torchvision
 from torch import Tensor, nn
 from torchvision.models import resnet
 
+from fpn_det.download import download
 from fpn_det.models.norms import Norm, apply_conv_norm, norm_layer
 from fpn_det.structures import InputError
 
@@ -188,25 +189,28 @@ def read_classifier(name: str, weights: str) -> dict[str, Tensor]:
 
     Args:
         name: torchvision's name of the body.
-        weights: a member of torchvision's weight enum of that body (`IMAGENET1K_V1`), downloaded on first use, or the
-            path of a file with such a state dict, or of a checkpoint of ours, whose body counts.
+        weights: a member of torchvision's weight enum of that body (`IMAGENET1K_V1`), downloaded on first use and
+            verified on each, or the path of a file with such a state dict, or of a checkpoint of ours, whose body
+            counts.
 
     Raises:
         InputError: neither a known name nor a readable file, or the download failed.
     """
     enum = torchvision.models.get_model_weights(name) if name in torchvision.models.list_models() else None
     known = enum.__members__ if enum is not None else {}
-    if enum is not None and weights in known:
-        try:
-            return enum[weights].get_state_dict(progress=True, check_hash=True)
-        except (OSError, RuntimeError) as error:  # RuntimeError: the hash of a broken download differs
-            raise InputError(
-                f"model.backbone.weights: cannot download {weights} of {name} from {enum[weights].url} ({error}). "
-                "Download the file elsewhere and give its path, or train from scratch with "
-                "model.backbone.weights=none model.backbone.norm=bn model.backbone.frozen_stages=0"
-            ) from error
     path = Path(weights)
-    if not path.is_file():
+    if enum is not None and weights in known:
+        url = enum[weights].url
+        path = Path(torch.hub.get_dir(), "checkpoints", url.rpartition("/")[2])  # where torchvision keeps them, too
+        try:
+            download(url, path, sha256=path.stem.rpartition("-")[2])  # resnet50-0676ba61.pth
+        except InputError as error:
+            raise InputError(
+                f"model.backbone.weights: {weights} of {name} is not at hand: {error}. Any place will do with "
+                "model.backbone.weights=FILE; or train from scratch with model.backbone.weights=none "
+                "model.backbone.norm=bn model.backbone.frozen_stages=0"
+            ) from error
+    elif not path.is_file():
         raise InputError(
             f"model.backbone.weights: {weights!r} is neither a file nor one of torchvision's weights for {name} "
             f"({', '.join(known) or 'it has none'})"

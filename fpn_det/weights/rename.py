@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from fpn_det.structures import Categories, InputError
+from fpn_det.structures import Categories, InputError, printable
 
 Action = Literal["taken", "permuted", "changed", "added", "left out"]
 
@@ -123,10 +123,11 @@ def rename(
 
 
 def format_rows(rows: Iterable[Row]) -> str:
-    """The table as text in aligned columns, one line per tensor."""
+    """The table as text in aligned columns, one line per tensor; control characters are escaped."""
     cells = [("tensor of the file", "", "tensor here")]
     for row in rows:
-        cells.append((row.source, f"{row.action} ({row.note})" if row.note else row.action, row.target))
+        action = f"{row.action} ({row.note})" if row.note else row.action
+        cells.append((printable(row.source), printable(action), printable(row.target)))
     widths = [max(len(line[i]) for line in cells) for i in (0, 2)]
     header, *lines = [f"{a:{widths[0]}}  {b:{widths[1]}}  {action or 'action'}".rstrip() for a, action, b in cells]
     return "\n".join([header, *lines])

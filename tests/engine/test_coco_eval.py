@@ -458,6 +458,17 @@ def test_table_of_many_classes(num_classes: int, num_columns: int) -> None:
     assert [" ".join(row.split()[:2]) for column in columns for row in column] == names  # down, then right
 
 
+def test_table_of_any_names() -> None:
+    names = ["cat", "\x1b[2J\r\n\u202e\ud800\0", "赤血球", "e\u0301te\u0301", "赤" * 20, "x" * 10**6, "a|b <b>*c*"]
+    numbers = {"AP": 0.5, "AP50": 1.0, "AR100": -1.0}
+    metrics = dict.fromkeys(METRIC_NAMES, 0.25) | {"max_detections": 100, "per_class": dict.fromkeys(names, numbers)}
+    lines = format_table(metrics).split("\n")[7:]  # type: ignore[arg-type]
+    shown = ["cat", r"\x1b[2J\r\n\u202e\ud800\x00", "赤血球", "e\u0301te\u0301", "赤" * 15 + "…", "x" * 31 + "…"]
+    num_columns = [3, 27, 6, 3, 31, 32, 10]
+    for line, name, width in zip(lines, [*shown, "a|b <b>*c*"], num_columns, strict=True):
+        assert line == name + " " * (32 - width) + "  50.0 100.0     -"
+
+
 # Proposals
 
 

@@ -6,11 +6,13 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
+from fpn_det.engine import run_folder
 from fpn_det.engine.checkpoint import save_checkpoint
 from fpn_det.engine.run_folder import opened_run, prune_checkpoints, step_path
 from fpn_det.structures import InputError
@@ -123,31 +125,40 @@ def test_a_second_run_is_refused_until_the_first_ends_however_it_ends(tmp_path):
 
 
 def test_a_job_that_torchrun_restarts_goes_on_and_another_does_not(tmp_path, monkeypatch):
-    def restarted(count: int, run_id: str) -> None:
-        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", str(count))
-        monkeypatch.setenv("TORCHELASTIC_RUN_ID", run_id)
-
-    restarted(0, "job-a")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job-a")
     with opened_run(tmp_path, resume=False) as (state, _):
         put(tmp_path, 10)
-    restarted(1, "job-a")
     with opened_run(tmp_path, resume=False) as (state, _):
         assert state["step"] == 10
+    # A later job that happens to have the same id.
+    with monkeypatch.context() as later:
+        later.setattr(run_folder, "_launched_at", lambda: time.time() + 1)
+        with pytest.raises(InputError, match="add --resume"), opened_run(tmp_path, resume=False):
+            pass
     # Another job, which was refused at first, does not take the run over when it is started again.
-    for count in (0, 1, 2):
-        restarted(count, "job-b")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job-b")
+    for _ in range(2):
         with pytest.raises(InputError, match="add --resume"), opened_run(tmp_path, resume=False):
             pass
     # Without an id, the process that starts the others tells.
-    restarted(0, "none")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
     with opened_run(tmp_path, resume=True):
         pass
-    restarted(1, "none")
     with opened_run(tmp_path, resume=False) as (state, _):
         assert state["step"] == 10
     monkeypatch.setattr(os, "getppid", lambda: 1)
     with pytest.raises(InputError, match="add --resume"), opened_run(tmp_path, resume=False):
         pass
+    # Without torchrun nothing goes on by itself.
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID")
+    for _ in range(2):
+        with pytest.raises(InputError, match="add --resume"), opened_run(tmp_path, resume=False):
+            pass
+
+
+def test_when_the_parent_started():
+    parent = subprocess.run(["ps", "-o", "etimes=", "-p", str(os.getppid())], capture_output=True, text=True)
+    assert time.time() - run_folder._launched_at() == pytest.approx(float(parent.stdout), abs=2)
 
 
 @pytest.mark.parametrize("content", ["", "[1]", "{", '{"job": 5}'])

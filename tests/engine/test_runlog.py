@@ -6,11 +6,18 @@ from pathlib import Path
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.summary.writer import event_file_writer
 
 from fpn_det.engine.runlog import RunLog
 from fpn_det.structures import InputError
 
 SPEED = {"speed/images_per_s": 8.0}
+
+
+@pytest.fixture(autouse=True)
+def event_files_in_order(monkeypatch):
+    """TensorBoard reads files in the order of names, which end in second and a count: 10 would come before 9."""
+    monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(0))
 
 
 def records(folder: Path) -> list[dict]:
@@ -39,6 +46,26 @@ def test_records_text_and_console(tmp_path, capsys):
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert [(e.step, e.value) for e in events.Scalars("train/loss")] == [(2, 1.25)]
     assert events.Tags()["images"] == ["val/0"]
+
+
+def test_names_cannot_steer_the_terminal(tmp_path, capsys):
+    with RunLog(tmp_path, start_step=0, num_steps=6) as log:
+        log.message("two\nlines of 甲虫\x1b[2J\r\u202e\ud800")
+    lines = ["two", r"lines of 甲虫\x1b[2J\r\u202e\ud800"]
+    assert capsys.readouterr().out.split("\n") == [*lines, ""]
+    assert (tmp_path / "log.txt").read_text(encoding="utf-8").split("\n") == [*lines, ""]
+
+
+def test_the_files_do_not_depend_on_the_locale(tmp_path, monkeypatch):
+    open_file = Path.open
+
+    def of_ascii(path, mode="r", buffering=-1, encoding=None, **rest):
+        return open_file(path, mode, buffering, encoding or ("ascii" if "b" not in mode else None), **rest)
+
+    monkeypatch.setattr(Path, "open", of_ascii)
+    with RunLog(tmp_path, start_step=0, num_steps=6) as log:
+        log.message("甲虫")
+    assert (tmp_path / "log.txt").read_text(encoding="utf-8") == "甲虫\n"
 
 
 def test_other_processes_write_nothing(tmp_path, monkeypatch, capsys):

@@ -1,5 +1,10 @@
 import copy
-from collections.abc import Callable
+import hashlib
+import threading
+from collections.abc import Callable, Iterator
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -295,15 +300,64 @@ def test_not_a_state_dict(tmp_path, content: object) -> None:
         read_classifier("resnet18", str(tmp_path / "body.pth"))
 
 
-@pytest.mark.parametrize("error", [OSError("no route to host"), RuntimeError("invalid hash value")])
-def test_failed_download(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
-    def fail(*args: object, **kwargs: object) -> None:
-        raise error
+@pytest.fixture
+def imagenet(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, classifier: dict[str, torch.Tensor]
+) -> Iterator[tuple[Path, Path]]:
+    """torchvision's weights of resnet18 lie on a server of this machine: its file, and where it is kept here."""
 
-    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", fail)
+    class Handler(SimpleHTTPRequestHandler):
+        def __init__(self, *args: Any) -> None:
+            super().__init__(*args, directory=str(tmp_path / "server"))
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    (tmp_path / "server").mkdir()
+    torch.save(classifier, tmp_path / "server" / "new.pth")
+    content = (tmp_path / "server" / "new.pth").read_bytes()
+    file = (tmp_path / "server" / "new.pth").rename(
+        tmp_path / "server" / f"resnet18-{hashlib.sha256(content).hexdigest()[:8]}.pth"
+    )
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}/{file.name}"
+        monkeypatch.setattr(torchvision.models.ResNet18_Weights.IMAGENET1K_V1.value, "url", url)
+        monkeypatch.setenv("TORCH_HOME", str(tmp_path / "home"))
+        monkeypatch.setenv("no_proxy", "*")
+        yield file, tmp_path / "home/hub/checkpoints" / file.name
+        server.shutdown()
+
+
+def test_imagenet_weights_are_downloaded_once(imagenet: tuple[Path, Path], classifier: dict[str, torch.Tensor]) -> None:
+    file, kept = imagenet
+    state = read_classifier("resnet18", "IMAGENET1K_V1")
+    assert all(torch.equal(state[k], classifier[k]) for k in classifier)
+    assert kept.read_bytes() == file.read_bytes()
+    file.unlink()
+    assert (
+        read_classifier("resnet18", "IMAGENET1K_V1").keys() == classifier.keys()
+    )  # what torchvision left is found, too
+
+
+def test_imagenet_weights_that_were_altered(imagenet: tuple[Path, Path]) -> None:
+    file, kept = imagenet
+    kept.parent.mkdir(parents=True)
+    kept.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(InputError, match=rf"^model\.backbone\.weights: .*{kept}: its SHA-256 is .* Delete it"):
+        read_classifier("resnet18", "IMAGENET1K_V1")
+    kept.unlink()
+    file.write_bytes(file.read_bytes()[:-1])
     with pytest.raises(
-        InputError, match=rf"cannot download IMAGENET1K_V1 of resnet18 from https://.*{error}.*give its path"
+        InputError, match=r"^model\.backbone\.weights: .*127\.0\.0\.1.*: SHA-256 of what was received is"
     ):
+        read_classifier("resnet18", "IMAGENET1K_V1")
+    assert not kept.exists()
+
+
+def test_imagenet_weights_that_cannot_be_downloaded(imagenet: tuple[Path, Path]) -> None:
+    imagenet[0].unlink()
+    with pytest.raises(InputError, match=r"IMAGENET1K_V1 of resnet18 is not at hand: .*404.*weights=FILE; .*scratch"):
         read_classifier("resnet18", "IMAGENET1K_V1")
 
 

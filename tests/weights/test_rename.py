@@ -59,3 +59,11 @@ def test_table_has_aligned_columns_and_a_line_per_tensor() -> None:
         "a                   longer.name  taken",
         "fc.weight           -            left out (the classifier)",
     ]
+
+
+def test_names_cannot_break_the_table() -> None:
+    rows = [Row("a\nb\x1b[2J", "c\u202e", "changed", "d\r"), Row("e", "-", "left out")]
+    assert format_rows(rows).split("\n")[1:] == [
+        r"a\nb\x1b[2J         c\u202e      changed (d\r)",
+        r"e                   -            left out",
+    ]
