@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: quickstart test lint
+.PHONY: quickstart test soak lint
 
 # Generate the shapes, train on them without a GPU or a download, evaluate, draw predictions.
 quickstart: .venv/installed
@@ -24,6 +24,10 @@ quickstart: .venv/installed
 
 test: .venv/installed-dev
 	$(BIN)/python -m pytest
+
+# What takes minutes: runs that are killed, jobs that lose a process, full disks, long runs, thousands of bad files.
+soak: .venv/installed-dev
+	$(BIN)/python -m pytest -m soak tests/soak
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check .

@@ -8,16 +8,21 @@ from __future__ import annotations
 
 import json
 import math
+import platform
 import sys
-from collections.abc import Mapping
+import time
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.summary.writer.record_writer import RecordWriter
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard import summary
 from tqdm import tqdm
 
 from fpn_det.files import write_errors, write_json, write_text
@@ -50,7 +55,7 @@ class RunLog:
         with write_errors(folder):
             self._records = (folder / "log.jsonl").open("a", encoding="utf-8")
             self._text = (folder / "log.txt").open("a", encoding="utf-8")
-            self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=start_step + 1)
+            self._events = EventFile(folder / "tensorboard", purge_step=start_step + 1)
         self._is_terminal = sys.stderr.isatty()
         self._bar = tqdm(total=num_steps, initial=start_step, unit="step", disable=not self._is_terminal, smoothing=0.1)
 
@@ -65,7 +70,7 @@ class RunLog:
             with suppress(InputError) if error is not None else nullcontext(), write_errors(self.folder):
                 self._records.close()
                 self._text.close()
-                self._writer.close()
+                self._events.close()
 
     def message(self, text: str) -> None:
         """Tell the user something, in one line or more."""
@@ -101,19 +106,49 @@ class RunLog:
             return
         with write_errors(self.folder / "log.jsonl"):
             print(json.dumps({"step": step, **scalars}), file=self._records, flush=True)
-            for name, value in scalars.items():
-                self._writer.add_scalar(name, value, step)
+            self._events.add(step, [summary.scalar(name, value) for name, value in scalars.items()])
 
     def image(self, step: int, name: str, image: Tensor | np.ndarray) -> None:
         """Record a (3, H, W) uint8 picture in TensorBoard."""
         if self.folder is not None:
             with write_errors(self.folder / "tensorboard"):
-                self._writer.add_image(name, image, step)
+                self._events.add(step, [summary.image(name, image, dataformats="CHW")])
 
     def write_json(self, name: str, content: Any) -> None:
         """Write a file of the run's folder."""
         if self.folder is not None:
             write_json(self.folder / name, content)
+
+
+class EventFile:
+    """What TensorBoard reads, written at once: `SummaryWriter` writes in a thread, whose errors reach nobody.
+
+    Args:
+        folder: gets one file for each start of the run.
+        purge_step: what earlier files have from this step on is void.
+    """
+
+    def __init__(self, folder: Path, *, purge_step: int) -> None:
+        folder.mkdir(exist_ok=True)
+        # Read in the order of names.
+        self._file = (folder / f"events.out.tfevents.{time.time_ns()}.{platform.node()}").open("ab")
+        self._writer = RecordWriter(self._file)
+        self._write(Event(file_version="brain.Event:2"))
+        self._write(Event(step=purge_step, session_log=SessionLog(status=SessionLog.START)))
+
+    def add(self, step: int, summaries: Sequence[Summary]) -> None:
+        """Add values of a step."""
+        for values in summaries:
+            self._write(Event(step=step, summary=values))
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+    def _write(self, event: Event) -> None:
+        event.wall_time = time.time()
+        self._writer.write(event.SerializeToString())
+        self._file.flush()
 
 
 def _drop_records(path: Path, *, start_step: int, num_steps: int) -> list[dict[str, Any]]:

@@ -6,18 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tensorboard.summary.writer import event_file_writer
 
 from fpn_det.engine.runlog import RunLog
 from fpn_det.structures import InputError
 
 SPEED = {"speed/images_per_s": 8.0}
-
-
-@pytest.fixture(autouse=True)
-def event_files_in_order(monkeypatch):
-    """TensorBoard reads files in the order of names, which end in second and a count: 10 would come before 9."""
-    monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(0))
 
 
 def records(folder: Path) -> list[dict]:
