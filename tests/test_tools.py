@@ -21,8 +21,9 @@ from torch import Tensor
 from fpn_det import build
 from fpn_det.config import load_config
 from fpn_det.data.shapes import CATEGORIES
-from fpn_det.engine.checkpoint import load_checkpoint
+from fpn_det.engine.checkpoint import load_checkpoint, save_checkpoint
 from fpn_det.engine.coco_eval import METRIC_NAMES, PROPOSAL_METRIC_NAMES
+from fpn_det.engine.run_folder import opened_run
 
 ROOT = Path(__file__).parent.parent
 RUN = ("train.save_every=2", "train.accumulate=2", "train.ema_decay=0.9", "optim.lr=0.01", "eval.every=4")
@@ -197,6 +198,87 @@ def test_an_existing_run_is_not_overwritten(tool, tiny, finished, tmp_path):
     fails(tool("train", *tiny, *RUN, "--output-dir", tmp_path, "--resume"), "no step_*.pth", "--output-dir")
 
 
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(tool, tiny, finished, tmp_path):
+    for name in ("step_00000004.pth", "step_00000006.pth", "best.pth", "log.jsonl"):
+        shutil.copy(finished / name, tmp_path)
+    for name in ("step_00000006.pth", "best.pth"):
+        content = bytearray((tmp_path / name).read_bytes())
+        content[len(content) // 3] ^= 16
+        (tmp_path / name).write_bytes(content)
+    outcome = tool("train", *tiny, *RUN, "--output-dir", tmp_path, "--resume")
+    assert (outcome.code, outcome.err) == (0, "")
+    assert "step_00000006.pth: damaged" in outcome.out
+    assert "best.pth: damaged" in outcome.out
+    assert "resuming at step 4 of 8 steps" in outcome.out
+    assert_same_outcome(tmp_path, finished)
+    assert (tmp_path / "step_00000006.pth.damaged").exists()
+    assert load_checkpoint(tmp_path / "best.pth")["step"] in (4, 8)
+
+
+def test_an_evaluation_that_a_kill_prevented_is_made_up_for(tool, tiny, finished, tmp_path):
+    """Killed between saving step 4 and evaluating it; and once more after the evaluation, which is not repeated."""
+    shutil.copy(finished / "step_00000004.pth", tmp_path)
+    lines = (finished / "log.jsonl").read_text().splitlines(keepends=True)
+    before = [line for line in lines if json.loads(line)["step"] <= 4]
+    assert "val/AP" in before[-1]
+    for kept, expected in ((before[:-1], 1), (before, 0)):
+        (tmp_path / "log.jsonl").write_text("".join(kept))
+        outcome = tool("train", *tiny, *RUN, "--output-dir", tmp_path, "--resume")
+        assert (outcome.code, outcome.err) == (0, "")
+        assert outcome.out.count("step 4:\nbox metrics") == expected
+        assert (tmp_path / "log.jsonl").read_bytes().count(b"val/AP50") == 2
+        assert_same_outcome(tmp_path, finished)
+        for path in tmp_path.glob("*.pth"):
+            if path.name != "step_00000004.pth":
+                path.unlink()
+
+
+def test_what_changed_since_the_checkpoint_is_said(tool, tiny, finished, altered, tmp_path):
+    def other_images(content: dict) -> None:
+        content["images"].reverse()
+
+    shutil.copy(finished / "step_00000006.pth", tmp_path)
+    state = load_checkpoint(tmp_path / "step_00000006.pth")
+    save_checkpoint(tmp_path / "step_00000006.pth", state | {"versions": {**state["versions"], "torch": "2.0.0"}})
+    change = altered("train", other_images)
+    outcome = tool("train", *tiny, *RUN, change, "optim.lr=0.02", "--output-dir", tmp_path, "--resume")
+    assert outcome.code == 0, outcome.err
+    assert "+  lr: 0.02" in outcome.out
+    assert "the training data changed since that checkpoint" in outcome.out
+    assert f"written with torch 2.0.0, now {torch.__version__}" in outcome.out
+    again = tool("train", *tiny, *RUN, "--output-dir", finished, "--resume")
+    assert "nothing has changed since that checkpoint" in again.out
+
+
+def test_a_second_run_into_a_folder_is_refused(tool, tiny, tmp_path):
+    with opened_run(tmp_path, resume=False):
+        code = "import sys; sys.argv = sys.argv[1:]; import runpy; runpy.run_path(sys.argv[0], run_name='__main__')"
+        command = [sys.executable, "-c", code, str(ROOT / "tools/train.py"), *tiny, "--output-dir", str(tmp_path)]
+        done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        assert done.returncode == 2
+        assert f"another run writes there (process {os.getpid()}" in done.stderr
+        assert done.stderr.count("\n") == 1
+    assert not list(tmp_path.glob("*.pth"))
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_short_number_formats_train(tool, tiny, finished, tmp_path, precision):
+    """With fp16 the first steps may be skipped until the loss scale fits."""
+    options = [*tiny, f"train.precision={precision}", "train.steps=40", "train.max_skipped=0", "eval.every=0"]
+    outcome = tool("train", *options, "--output-dir", tmp_path)
+    assert outcome.code == 0, outcome.err
+    losses = [r["train/loss"] for r in records(tmp_path) if "train/loss" in r]
+    assert len(losses) > 20
+    assert sum(losses[-5:]) < 0.9 * sum(losses[:5])
+    state = load_checkpoint(tmp_path / "step_00000040.pth")
+    assert ("scaler" in state) == (precision == "fp16")
+    assert all(v.dtype == torch.float32 for v in state["model"].values() if v.is_floating_point())
+    resumed = tool("train", *options, "train.steps=42", "--output-dir", tmp_path, "--resume")
+    assert resumed.code == 0, resumed.err
+    evaluated = tool("eval", *options, "--checkpoint", tmp_path / "final.pth", "--output-dir", tmp_path / "eval")
+    assert evaluated.code == 0, evaluated.err
+
+
 def test_resuming_a_finished_run_only_evaluates(tool, tiny, finished):
     kept = ("predictions.json", "metrics.json", "log.jsonl")
     contents = {name: (finished / name).read_bytes() for name in kept}
@@ -240,6 +322,10 @@ def test_divergence_stops_the_run_before_it_spoils_a_checkpoint(tool, tiny, tmp_
     fails(outcome, "diverged", "optim.lr", "step")
     for path in tmp_path.glob("*.pth"):
         assert all(v.isfinite().all() for v in load_checkpoint(path)["model"].values()), path
+    diagnosis = json.loads((tmp_path / "diagnosis.json").read_text())
+    assert diagnosis["likely_causes"][0]["cause"] == "a learning rate that is too high"
+    assert {"backbone", "neck", "rpn", "roi_head", "total"} == diagnosis["failed_steps"][0]["gradient_norms"].keys()
+    assert len(diagnosis["failed_steps"][0]["images"]) == 4
 
 
 # Evaluation

@@ -5,21 +5,26 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import re
 import socket
 import subprocess
 import sys
+import tempfile
+import time
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from fpn_det.data.loader import TestSampler
 from fpn_det.engine.coco_eval import read_ground_truth
 from fpn_det.engine.diagnosis import SkippedSteps
-from fpn_det.engine.distributed import Process, launched_process
+from fpn_det.engine.distributed import STALLED_EXIT_CODE, Process, launched_process
 from fpn_det.engine.evaluate import View, evaluate
 from fpn_det.engine.precision import loss_scaler
 from fpn_det.engine.runlog import RunLog
@@ -118,6 +123,120 @@ def numbers(values: list[float]) -> Batch:
     sizes = torch.ones(n, 2, dtype=torch.int64)
     images = torch.tensor(values).view(n, 1, 1, 1)
     return Batch(images=images, sizes=sizes, targets=empty, image_ids=torch.arange(n), original_sizes=sizes)
+
+
+def test_the_main_process_works_for_all_and_its_error_ends_all():
+    def work(process: Process) -> tuple:
+        def refuse() -> None:
+            raise InputError("no")
+
+        found = process.from_main(lambda: {"rank": process.rank, "weights": torch.arange(3)})
+        try:
+            process.from_main(refuse)
+        except (InputError, SystemExit) as error:
+            return found["rank"], found["weights"].tolist(), repr(error)
+        return ()
+
+    main, other = in_two_processes(work)
+    assert main == (0, [0, 1, 2], "InputError('no')")
+    assert other == (0, [0, 1, 2], "SystemExit(2)")
+
+
+def test_a_process_that_does_not_come_is_missed(monkeypatch):
+    for name, value in job(0, free_port()).items():
+        monkeypatch.setenv(name, value)
+    message = r"2 processes of the job did not find each other at 127.0.0.1:\d+ \(.* 1/2 clients joined"
+    with pytest.raises(InputError, match=message), launched_process("cpu", timeout=timedelta(seconds=1)):
+        pass
+
+
+def test_a_start_finds_no_traces_of_an_earlier_one():
+    """torchrun keeps its store when it starts processes again, with the addresses of those that are gone."""
+    port = free_port()
+    store = dist.TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
+    context = multiprocessing.get_context("fork")
+    for attempt in range(3):
+        queue = context.SimpleQueue()
+
+        def child(rank: int, attempt: int = attempt, queue: Any = queue) -> None:
+            os.environ.update(job(rank, port) | {"TORCHELASTIC_USE_AGENT_STORE": "True"})
+            if rank == 1:
+                time.sleep(0.3)  # the main process looks first, and finds what was
+            with launched_process("cpu", timeout=timedelta(seconds=20)) as process:
+                queue.put((rank, process.mean(torch.tensor(float(rank + attempt))).item()))
+                os._exit(0)  # as if killed: nothing is tidied up
+
+        children = [context.Process(target=child, args=(rank,), daemon=True) for rank in (0, 1)]
+        for process in children:
+            process.start()
+        for process in children:
+            process.join(timeout=30)
+        assert [process.exitcode for process in children] == [0, 0]
+        assert sorted(queue.get() for _ in children) == [(0, attempt + 0.5), (1, attempt + 0.5)]
+    assert store.num_keys() > 0
+
+
+def test_who_holds_up_the_job_is_named(capfd):
+    """One process waits for data, the other for it."""
+
+    def work(process: Process) -> None:
+        process.doing("training", 5)
+        if process.rank == 1:
+            process.doing("waiting for data", 6)
+            time.sleep(60)
+        process.doing("training", 7)
+        process.mean(torch.zeros(()))
+
+    codes = ends_of_two(lambda: work_within(work, timedelta(seconds=1.5)))
+    assert codes == [STALLED_EXIT_CODE] * 2
+    for line in capfd.readouterr().err.splitlines():
+        assert re.fullmatch(
+            r"error \(rank \d\): no progress for 2 s while \w.* in step \d\. Held up by rank 1 on \S+, waiting for "
+            r"data in step 6\. If a step .*",
+            line,
+        ), line
+
+
+def work_within(work: Callable[[Process], Any], timeout: timedelta) -> None:
+    with launched_process("cpu", timeout=timeout) as process:
+        work(process)
+
+
+def ends_of_two(work: Callable[[], Any]) -> list[int | None]:
+    """Exit codes of two ranks that do `work`."""
+    context = multiprocessing.get_context("fork")
+    port = free_port()
+    children = [
+        context.Process(target=_child, args=(work, rank, port, context.SimpleQueue()), daemon=True) for rank in (0, 1)
+    ]
+    for child in children:
+        child.start()
+    for child in children:
+        child.join(timeout=30)
+    return [child.exitcode for child in children]
+
+
+def test_a_lost_process_is_one_clear_error():
+    def work() -> str:
+        def lose(process: Process) -> None:
+            process.doing("training", 7)
+            process.mean(torch.zeros(()))
+            if process.rank == 1:
+                os._exit(9)
+            process.mean(torch.zeros(()))
+
+        try:
+            work_within(lose, timedelta(seconds=20))
+        except InputError as error:
+            (tmp / "error").write_text(str(error))
+        return ""
+
+    with tempfile.TemporaryDirectory() as folder:
+        tmp = Path(folder)
+        assert ends_of_two(work) == [0, 9]
+        error = (tmp / "error").read_text()
+    assert re.match(r"the connection to the other processes broke while training in step 7 \(.*--max-restarts", error)
+    assert "\n" not in error
 
 
 class Line(nn.Module):
