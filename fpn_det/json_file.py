@@ -79,7 +79,7 @@ def _json_error(error: json.JSONDecodeError, size: int) -> str:
     if not text:
         return "the file is empty"
     ended = error.pos >= len(error.doc.rstrip()) or text[-1] not in "}]"
-    if text[0] in "{[" and ended:
+    if text[0] in "{[" and ended and error.msg != "Extra data":
         return (
             f"is cut off: it ends at byte {size:,} in the middle of the JSON ({error.msg}). Copy or download it again"
         )

@@ -387,17 +387,16 @@ def _judge_all_boxes(xywh: np.ndarray, sizes: np.ndarray) -> list[Problem]:
 
 
 def _repeated_ids(annotations: list[Any], ids: list[Any]) -> list[Problem]:
-    """Annotations with the `id` of an earlier one; `ids` are those of all that are objects."""
+    """One problem for each `id` that several annotations have; `ids` are those of all that are objects."""
     plain = [i for i in ids if type(i) is int or type(i) is str]
     if len(set(plain)) == len(plain):
         return []
-    counts, seen, problems = Counter(plain), set(), []
+    counts, problems = Counter(plain), []
     for position, annotation in enumerate(annotations):
         value = annotation.get("id") if isinstance(annotation, dict) else None
-        if (type(value) is int or type(value) is str) and counts[value] > 1:
-            if value in seen:
-                problems.append(problem(Defect.ANNOTATION_ID_REPEATED, position, annotation, annotation.get("bbox")))
-            seen.add(value)
+        if (type(value) is int or type(value) is str) and (count := counts.pop(value, 1)) > 1:
+            number = f"{count:,} annotations"
+            problems.append(replace(problem(Defect.ANNOTATION_ID_REPEATED, position, annotation, None), value=number))
     return problems
 
 

@@ -149,7 +149,7 @@ class Defect(Enum):
     ANNOTATION_ID_REPEATED = (
         "annotation",
         "kept",
-        "an `id` that another annotation has",
+        "an `id` of several annotations",
         "Look whether boxes are in the file twice; number the annotations from 1",
     )
     UNKNOWN_IMAGE = (
