@@ -57,7 +57,9 @@ TENSORS = ("name_bytes", "name_offsets", "image_ids", "sizes", "box_offsets", "b
 COUNTS = ("num_images_in_file", "num_images_lost", "num_annotations", "num_crowd")
 """The fields that are counts."""
 
-REMEDY = "Paths are relative to the current folder; set data.train.annotations and data.val.annotations"
+REMEDY = (
+    "Set data.train.annotations and data.val.annotations to annotation files; paths are relative to the current folder"
+)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,7 +2,7 @@
 
 The tests throw a few hundred at the readers; `soak` throws as many as one likes:
 
-    python -c "from tests.data.hostile import soak; soak(10_000)"
+    PYTHONPATH=.:tests/data python -c "from hostile import soak; print(soak(10_000))"
 """
 
 from __future__ import annotations

@@ -364,7 +364,7 @@ def test_an_annotation_file_that_cannot_be_read(folder: Path, name: str, said: s
     os.mkfifo(folder.parent / "pipe")
     (folder.parent / "loop").symlink_to("loop")
     path = folder.parent / name
-    with pytest.raises(InputError, match=rf": cannot be read \(.*{said}.*; set data\.train\.annotations") as caught:
+    with pytest.raises(InputError, match=rf": cannot be read \(.*{said}.*Set data\.train\.annotations") as caught:
         load_coco(path, folder)
     assert str(caught.value).startswith(str(path))
 
@@ -487,7 +487,7 @@ def test_the_outermost_image_ids_are_kept(folder: Path) -> None:
 
 @pytest.mark.parametrize("name", ["missing", "images/a.jpg"])
 def test_an_image_folder_that_is_none(folder: Path, name: str) -> None:
-    with pytest.raises(InputError, match=r"cannot read the image folder \((No such|Not a).*; set data\.train\.images"):
+    with pytest.raises(InputError, match=r"cannot read the image folder \((No such|Not a).*set data\.train\.images"):
         load_coco(write(folder), folder.parent / name)
 
 
