@@ -77,9 +77,11 @@ def check(config: Config, report: Path, *, quick: bool) -> int:
     print(format_counts(splits))
     for name, data in splits.items():
         print(f"\n{name}: {data.source}")
+        if name == "val" and any(p.defect.what == "annotation" for p in data.problems):
+            print(
+                "  (The metrics take boxes as the file has them; what is left out or clipped here is in pictures only.)"
+            )
         print(format_problems(data.problems) or "  no problem")
-        if name == "val" and data.num_boxes_lost:
-            print("  (The metrics count these boxes as the file has them: COCO's evaluation leaves none out.)")
     if between:
         print(f"\ntraining and validation together:\n{format_problems(between)}")
     reasons = [reason for split in SPLITS for reason in refused[split]]
