@@ -18,22 +18,6 @@ of whole numbers. The least of them, so that no file is refused that could have 
 """
 
 
-def check_regular_file(path: Path, remedy: str = "") -> int:
-    """The size of a file in bytes.
-
-    Raises:
-        InputError: there is no such file, or it is a folder, pipe or device, which may never come to an end.
-    """
-    try:
-        status = path.stat()
-    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
-        raise InputError(f"{path}: cannot be read ({_reason(error)}). {remedy}".rstrip()) from error
-    if not stat.S_ISREG(status.st_mode):
-        kind = "a folder" if stat.S_ISDIR(status.st_mode) else "a pipe or a device"
-        raise InputError(f"{path}: cannot be read (it is {kind}, not a file). {remedy}".rstrip())
-    return status.st_size
-
-
 def read_json(path: Path, remedy: str = "") -> Any:
     """The content of a JSON file in UTF-8, UTF-16 or UTF-32.
 
@@ -42,10 +26,10 @@ def read_json(path: Path, remedy: str = "") -> Any:
         remedy: what to do about a file that is not there or not the right one, for the message.
 
     Raises:
-        InputError: the file cannot be opened, is larger than the memory can take, empty, cut off, not JSON, not text,
-            or nested without end.
+        InputError: the file cannot be opened, is a folder, pipe or device, is larger than the memory can take, empty,
+            cut off, not text, not JSON, or nested too deeply.
     """
-    size = check_regular_file(path, remedy)
+    size = _size(path, remedy)
     memory = _physical_memory()
     if memory is not None and size * MEMORY_PER_BYTE > memory:
         raise InputError(
@@ -71,6 +55,18 @@ def read_json(path: Path, remedy: str = "") -> Any:
         raise InputError(f"{path}: too large for the memory ({size / 1e9:,.1f} GB)") from error
     except ValueError as error:  # a number of thousands of digits
         raise InputError(f"{path}: is not valid JSON for this purpose ({error})") from error
+
+
+def _size(path: Path, remedy: str) -> int:
+    """The size of a file in bytes; refuses pipes and devices, which may never come to an end."""
+    try:
+        status = path.stat()
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        raise InputError(f"{path}: cannot be read ({_reason(error)}). {remedy}".rstrip()) from error
+    if not stat.S_ISREG(status.st_mode):
+        kind = "a folder" if stat.S_ISDIR(status.st_mode) else "a pipe or a device"
+        raise InputError(f"{path}: cannot be read (it is {kind}, not a file). {remedy}".rstrip())
+    return status.st_size
 
 
 def _json_error(error: json.JSONDecodeError, size: int) -> str:

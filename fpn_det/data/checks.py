@@ -35,8 +35,8 @@ def train_refusals(data: CocoAnnotations, *, on_error: Literal["drop", "fail"], 
     if on_error == "fail" and num_left_out:
         return [
             *reasons,
-            f"{data.source}: {num_left_out:,} of its images or annotations cannot be used, and data.on_error is fail. Correct "
-            "them, or train without them with data.on_error=drop",
+            f"{data.source}: {num_left_out:,} of its images or annotations cannot be used, and data.on_error is fail. "
+            "Correct them, or train without them with data.on_error=drop",
         ]
     for name, lost, total in (
         ("images", data.num_images_lost, data.num_images_lost + len(data)),

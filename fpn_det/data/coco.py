@@ -28,7 +28,7 @@ from torch import Tensor
 from fpn_det.data.cache import ArrayCache
 from fpn_det.data.folder import escapes, find_defects
 from fpn_det.data.problems import Defect, Problem, problem, shown
-from fpn_det.json_file import check_regular_file, read_json
+from fpn_det.json_file import read_json
 from fpn_det.structures import Categories, InputError
 
 CACHE_VERSION = 2
@@ -164,12 +164,7 @@ class CocoAnnotations:
         )
 
 
-def load_coco(
-    annotations: Path,
-    images: Path,
-    *,
-    follow_links: bool = False,
-) -> CocoAnnotations:
+def load_coco(annotations: Path, images: Path, *, follow_links: bool = False) -> CocoAnnotations:
     """Read a COCO-format annotation file; what is wrong with its entries and images is collected, not raised.
 
     Whether the problems are too many, or such that nobody should train, is for the caller to ask `checks.refusals`.
@@ -186,7 +181,6 @@ def load_coco(
     Raises:
         InputError: the file cannot be read at all (see `read_coco_json`), or the folder cannot.
     """
-    check_regular_file(annotations, REMEDY)
     cache = ArrayCache(annotations, version=CACHE_VERSION)
     kept = cache.read()
     if kept is not None:

@@ -67,8 +67,8 @@ def test_the_limit_holds_for_images_and_boxes(
     assert refusals(beyond, drop_limit=0.15) == []
     [message] = refusals(at_limit, "fail", 1)
     assert message.endswith(
-        "2 of its images or annotations cannot be used, and data.on_error is fail. Correct them, or train without them with "
-        "data.on_error=drop"
+        "2 of its images or annotations cannot be used, and data.on_error is fail. Correct them, or train without "
+        "them with data.on_error=drop"
     )
 
 
