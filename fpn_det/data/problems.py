@@ -211,14 +211,14 @@ def problem(defect: Defect, position: int | None, entry: object, value: object) 
 
 
 def shown(value: object) -> str:
-    """A value of the file in words: one line, bounded in length and depth, control characters escaped."""
-    return _REPR.repr(value)
+    """A value of the file in words: one line of at most 200 characters, control characters escaped."""
+    text = _REPR.repr(value)
+    return text if len(text) <= 200 else f"{text[:197]}..."
 
 
 _REPR = Repr()
 _REPR.maxstring = _REPR.maxother = 80
-_REPR.maxlevel = 3
-_REPR.maxlist = 4
+_REPR.maxlist = 4  # bounded in depth too, by default
 
 
 def format_problems(problems: Iterable[Problem], limit: int = 5) -> str:
