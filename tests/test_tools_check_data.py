@@ -133,10 +133,8 @@ def test_a_split_that_cannot_be_read_does_not_hide_the_other(run, tmp_path: Path
 def test_an_image_in_both_splits_is_reported_once(run, tmp_path: Path) -> None:
     """By its path, which says more than that the bytes are the same."""
     train = write(tmp_path, "train")
-    val = [
-        *write(tmp_path, "val", images=valid(4)["images"][1:], annotations=[]),
-        f"data.val.images={tmp_path / 'train'}",
-    ]
+    val = write(tmp_path, "val", images=valid(4)["images"][1:], annotations=[])
+    val.append(f"data.val.images={tmp_path / 'train'}")
     code, _, report = run(*train, *val)
     assert code == 1
     assert [(p["defect"], p["id"]) for p in report["between_splits"]] == [("IMAGE_IN_BOTH", i) for i in (1, 2, 3)]
