@@ -27,8 +27,10 @@ from fpn_det.config import (
     RoiHeadConfig,
     SingleLevelConfig,
 )
-from fpn_det.data.coco import CocoAnnotations, format_problems, load_coco
+from fpn_det.data.checks import train_refusals, val_refusals
+from fpn_det.data.coco import CocoAnnotations, load_coco
 from fpn_det.data.loader import DetectionDataset, TestSampler, TrainSampler, make_loader
+from fpn_det.data.problems import format_problems
 from fpn_det.data.proposals import FixedProposals, read_proposals
 from fpn_det.data.transforms import TestTransform, TrainTransform
 from fpn_det.engine.checkpoint import State, best_weights, checkpoint_categories, load_checkpoint, load_weights
@@ -47,39 +49,62 @@ from fpn_det.models.roi_pool import MultiLevelRoIAlign
 from fpn_det.models.rpn import RPN, RPNHead, UnsharedRPNHead
 from fpn_det.structures import Categories, InputError, Sample
 
+Split = Literal["train", "val"]
+
 
 def load_train_data(config: Config) -> CocoAnnotations:
     """The training annotations, checked against the config.
 
     Raises:
-        InputError: what `load_coco` raises, no image left to train on, a contradicting `model.num_classes` or
-            `data.train.proposals`, or a norm that cannot be trained.
+        InputError: what `load_split` raises, a contradicting `model.num_classes` or `data.train.proposals`, or a norm
+            that cannot be trained.
     """
     check_proposals(config, "train")
     check_norms(config)
-    split = config.data.train
-    data = load_coco(split.annotations, split.images, on_error=config.data.on_error)
+    data = load_split(config, "train")
     check_num_classes(config, data.categories)
-    if not config.data.keep_empty:
-        data = data.without_empty()
-    if len(data.boxes) == 0:
-        problems = f"\n{format_problems(data.problems)}" if data.problems else ""
-        raise InputError(
-            f"{split.annotations}: no usable box, so nothing to train on; set data.train.annotations to a file with "
-            f"boxes{problems}"
-        )
-    return data
+    return data if config.data.keep_empty else data.without_empty()
 
 
 def load_val_data(config: Config) -> CocoAnnotations:
     """The validation annotations: every image, with or without boxes.
 
     Raises:
-        InputError: what `load_coco` raises, or a contradicting `data.val.proposals`.
+        InputError: what `load_split` raises, or a contradicting `data.val.proposals`.
     """
     check_proposals(config, "val")
-    split = config.data.val
-    return load_coco(split.annotations, split.images, on_error="drop")
+    return load_split(config, "val")
+
+
+def load_split(config: Config, split: Split) -> CocoAnnotations:
+    """The annotations of a split, with and without boxes; refused where too much of it cannot be used.
+
+    Raises:
+        InputError: what `read_split` raises, or all that `split_refusals` says, with a report of what is left out.
+    """
+    data = read_split(config, split)
+    reasons = split_refusals(config, split, data)
+    if reasons:
+        found = [p for p in data.problems if p.defect.outcome in ("refused", "left out")]
+        raise InputError("\n".join([*reasons, *([format_problems(found)] if found else [])]))
+    return data
+
+
+def read_split(config: Config, split: Split) -> CocoAnnotations:
+    """The annotations of a split with all that is wrong in them, whether or not they can be used.
+
+    Raises:
+        InputError: nothing can be read at all.
+    """
+    paths = config.data.train if split == "train" else config.data.val
+    return load_coco(paths.annotations, paths.images, follow_links=config.data.follow_links)
+
+
+def split_refusals(config: Config, split: Split, data: CocoAnnotations) -> list[str]:
+    """Why a split cannot be used under this config, one line each; empty if it can."""
+    if split == "val":
+        return val_refusals(data)
+    return train_refusals(data, on_error=config.data.on_error, drop_limit=config.data.drop_limit)
 
 
 def load_ground_truth(config: Config) -> GroundTruth:
@@ -116,7 +141,7 @@ def check_norms(config: Config) -> None:
             )
 
 
-def check_proposals(config: Config, split: Literal["train", "val"]) -> None:
+def check_proposals(config: Config, split: Split) -> None:
     """Refuse fast_rcnn without a file of proposals, and the other kinds, which propose themselves, with one."""
     given, needed = getattr(config.data, split).proposals, config.model.kind == "fast_rcnn"
     if needed and given is None:

@@ -487,7 +487,11 @@ class DataConfig(Section):
     num_workers: NonNegativeInt = 4
     """Loader processes per training process; 0 loads in the training process itself."""
     on_error: Literal["drop", "fail"] = "drop"
-    """What to do with training boxes that cannot be used: leave them out and report them, or stop."""
+    """What to do with training images and boxes that cannot be used: leave them out and report them, or stop."""
+    drop_limit: Fraction = 0.05
+    """Largest share of the training images, and of their boxes, that may be left out; beyond it the run stops."""
+    follow_links: bool = False
+    """Use images that are links out of the image folder, or lie behind such a link; else they are left out."""
 
     @field_validator("train", "val", mode="before")
     @classmethod

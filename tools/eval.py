@@ -18,7 +18,7 @@ from pathlib import Path
 from fpn_det import build
 from fpn_det.cli import config_parser, say, user_errors
 from fpn_det.config import Config, load_config
-from fpn_det.data.coco import format_problems
+from fpn_det.data.problems import format_problems
 from fpn_det.engine import checkpoint
 from fpn_det.engine.coco_eval import (
     Metrics,

@@ -19,7 +19,6 @@ from pathlib import Path
 from fpn_det import build
 from fpn_det.cli import config_parser, say, user_errors
 from fpn_det.config import Config, load_config
-from fpn_det.data.coco import load_coco
 from fpn_det.data.proposals import ImageProposals, read_proposals, write_proposals
 from fpn_det.engine.distributed import Process, launched_process
 from fpn_det.engine.evaluate import propose
@@ -41,7 +40,7 @@ def main() -> None:
 
 
 def run(
-    config: Config, checkpoint_path: Path, split: str, output: Path, *, top_k: int | None, process: Process
+    config: Config, checkpoint_path: Path, split: build.Split, output: Path, *, top_k: int | None, process: Process
 ) -> None:
     """Write the proposals of every image of `split` to `output` (collective)."""
     if config.model.kind == "fast_rcnn":
@@ -58,8 +57,7 @@ def run(
         raise InputError(f"{output}: is a folder; --output is the file to write")
     output.parent.mkdir(parents=True, exist_ok=True)
     model, _ = build.load_detector(config, checkpoint_path, process.device)
-    paths = getattr(config.data, split)
-    data = load_coco(paths.annotations, paths.images)
+    data = build.load_split(config, split)
     found = []
     for batch, proposals in propose(
         model,

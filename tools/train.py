@@ -22,7 +22,9 @@ import torch
 from fpn_det import build
 from fpn_det.cli import config_parser, user_errors
 from fpn_det.config import Config, dump_config, load_config
-from fpn_det.data.coco import CocoAnnotations, check_same_categories, format_problems
+from fpn_det.data.checks import check_same_categories
+from fpn_det.data.coco import CocoAnnotations
+from fpn_det.data.problems import format_problems
 from fpn_det.data.transforms import load_image
 from fpn_det.draw import draw_comparison
 from fpn_det.engine import checkpoint, run_folder

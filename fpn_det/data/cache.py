@@ -40,6 +40,8 @@ class ArrayCache:
         self._path: Path | None = None
         try:
             path = source.resolve(strict=True)
+            if not path.is_file():  # to open a pipe waits for its other end
+                return
             with path.open("rb") as file:  # a network file system promises what is true now to those who open
                 stat = os.fstat(file.fileno())
             folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fpn_det"

@@ -2,7 +2,7 @@
 
 A data set of COCO's size is a million small Python objects; kept as such, each loader worker ends up with its own
 copy (reading an object writes its reference count). Everything here is a handful of tensors instead, which workers
-share. Crowd boxes and boxes that cannot be used are left out here; the evaluation reads the annotation file itself.
+share. Crowd boxes and what cannot be used are left out here; the evaluation reads the annotation file itself.
 
 Dimensions: I images, B boxes of all images, n boxes of the file that are four finite numbers.
 """
@@ -20,7 +20,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
-from reprlib import repr as short  # bounded in length and depth, whatever the file holds
 from typing import Any
 
 import numpy as np
@@ -28,41 +27,40 @@ import torch
 from torch import Tensor
 
 from fpn_det.data.cache import ArrayCache
+from fpn_det.data.folder import escapes, find_defects
+from fpn_det.data.problems import Defect, Problem, problem, shown
+from fpn_det.json_file import read_json
 from fpn_det.structures import Categories, InputError
 
-CACHE_VERSION = 1
-"""To be raised with every change of what `load_coco` makes of a file."""
+CACHE_VERSION = 2
+"""To be raised with every change of what is made of a file."""
 
 CLIP_TOLERANCE_PX = 1.0
 """Boxes that reach further than this beyond their image are reported; rounding by labelling tools stays below."""
 
-BOX_PROBLEMS = (
-    # what is wrong, and whether the box is unusable
-    ("bbox without area (width or height <= 0)", True),
-    ("bbox outside its image", True),
-    ("bbox too thin to have an area in float32", True),
-    ("bbox partly outside its image", False),
+BOX_DEFECTS = (
+    # The first that applies; the last three leave a box that can be used.
+    Defect.BOX_INVERTED,
+    Defect.BOX_EMPTY,
+    Defect.BOX_OUTSIDE,
+    Defect.BOX_THIN,
+    Defect.BOX_CORNERS,
+    Defect.BOX_LARGE,
+    Defect.BOX_PARTLY_OUTSIDE,
 )
+
+MIN_BOXES_TO_JUDGE = 20
+"""Fewer boxes may look like corners or fractions by chance."""
 
 TENSORS = ("name_bytes", "name_offsets", "image_ids", "sizes", "box_offsets", "boxes", "labels")
 """The fields of `CocoAnnotations` that grow with the data."""
 
+COUNTS = ("num_images_in_file", "num_images_lost", "num_annotations", "num_crowd")
+"""The fields that are counts."""
 
-@dataclass(frozen=True, slots=True)
-class Problem:
-    """An annotation that was clipped or cannot be used.
-
-    Attributes:
-        annotation_id: its `id` in the file, or None where it has none.
-        reason: what is wrong, the same words for the same defect so that problems can be counted.
-        value: what the file says.
-        fatal: whether the box is unusable (else it was clipped to its image and kept).
-    """
-
-    annotation_id: object
-    reason: str
-    value: str
-    fatal: bool
+REMEDY = (
+    "Set data.train.annotations and data.val.annotations to annotation files; paths are relative to the current folder"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,8 +78,11 @@ class CocoAnnotations:
         box_offsets: (I + 1,) int64; the boxes of image i are `boxes[box_offsets[i]:box_offsets[i + 1]]`.
         boxes: (B, 4) float32 XYXY in pixels of the original image, clipped to it, of positive area.
         labels: (B,) int64, 0..K-1.
-        num_crowd: crowd annotations that were left out.
-        problems: annotations that were clipped or dropped.
+        num_images_in_file: entries of the list `images`.
+        num_images_lost: images that were left out, repeated entries not counted.
+        num_annotations: entries of the list `annotations`.
+        num_crowd: crowd annotations that were left out, as COCO means it.
+        problems: all that is wrong, in the order of the file.
     """
 
     source: Path
@@ -94,16 +95,29 @@ class CocoAnnotations:
     box_offsets: Tensor
     boxes: Tensor
     labels: Tensor
+    num_images_in_file: int
+    num_images_lost: int
+    num_annotations: int
     num_crowd: int
     problems: tuple[Problem, ...]
 
     def __len__(self) -> int:
         return len(self.image_ids)
 
+    @property
+    def num_boxes_lost(self) -> int:
+        """Boxes that were left out, on their own account or with their image; crowd boxes are none."""
+        return self.num_annotations - self.num_crowd - len(self.boxes)
+
     def path(self, index: int) -> Path:
         """The image file of image `index`."""
         start, end = self.name_offsets[index : index + 2].tolist()
         return self.folder / os.fsdecode(bytes(self.name_bytes[start:end].numpy()))
+
+    def names(self) -> list[str]:
+        """The file names of all images."""
+        names = self.name_bytes.numpy().tobytes()
+        return [os.fsdecode(names[start:end]) for start, end in pairwise(self.name_offsets.tolist())]
 
     def targets(self, index: int) -> tuple[Tensor, Tensor]:
         """Boxes (G, 4) float32 XYXY and labels (G,) int64 of image `index`, in original pixels."""
@@ -111,9 +125,25 @@ class CocoAnnotations:
         return self.boxes[start:end], self.labels[start:end]
 
     def without_empty(self) -> CocoAnnotations:
-        """The same data without the images that have no box to train on."""
+        """The same data without the images that have no box to train on, which are not lost."""
+        return self._select(self.box_offsets.diff() > 0)
+
+    def without(self, problems: dict[int, Problem]) -> CocoAnnotations:
+        """The same data without images that turned out to be unusable (index -> what is wrong), and their boxes."""
+        if not problems:
+            return self
+        keep = torch.ones(len(self), dtype=torch.bool)
+        keep[list(problems)] = False
+        return replace(
+            self._select(keep),
+            num_images_lost=self.num_images_lost + len(problems),
+            problems=(*self.problems, *problems.values()),
+        )
+
+    def _select(self, keep: Tensor) -> CocoAnnotations:
+        """The images that a mask (I,) selects, with their boxes."""
         counts, lengths = self.box_offsets.diff(), self.name_offsets.diff()
-        keep = counts > 0
+        of_kept = keep.repeat_interleave(counts)
         return replace(
             self,
             name_bytes=self.name_bytes[keep.repeat_interleave(lengths)],
@@ -121,6 +151,8 @@ class CocoAnnotations:
             image_ids=self.image_ids[keep],
             sizes=self.sizes[keep],
             box_offsets=_offsets(counts[keep]),
+            boxes=self.boxes[of_kept],
+            labels=self.labels[of_kept],
         )
 
     def sha256(self) -> str:
@@ -136,12 +168,14 @@ class CocoAnnotations:
         return (
             f"{self.source}: {len(self):,} images ({empty:,} without boxes), {len(self.boxes):,} boxes, "
             f"{len(self.categories)} classes; left out: {self.num_crowd:,} crowd boxes, "
-            f"{sum(p.fatal for p in self.problems):,} unusable boxes"
+            f"{self.num_images_lost:,} unusable images, {self.num_boxes_lost:,} boxes unusable or of such images"
         )
 
 
-def load_coco(annotations: Path, images: Path, *, on_error: str = "drop") -> CocoAnnotations:
-    """Read a COCO-format annotation file.
+def load_coco(annotations: Path, images: Path, *, follow_links: bool = False) -> CocoAnnotations:
+    """Read a COCO-format annotation file; what is wrong with its entries and images is collected, not raised.
+
+    Whether the problems are too many, or such that nobody should train, is for the caller to ask `checks.refusals`.
 
     Images keep the order of the file; class indices follow the ascending category ids. What was read from a large file
     is kept in `$XDG_CACHE_HOME/fpn_det` (`~/.cache/fpn_det`) and used until the file changes; whether the images exist
@@ -150,53 +184,39 @@ def load_coco(annotations: Path, images: Path, *, on_error: str = "drop") -> Coc
     Args:
         annotations: the JSON file, with lists `images`, `annotations`, `categories`.
         images: the folder that each `file_name` is relative to.
-        on_error: `drop` leaves boxes that cannot be used out of training and reports them in `problems`;
-            `fail` refuses the data set. Unusable: not four finite numbers, no width or height, wholly outside the
-            image, of an unknown image or category. Boxes partly outside are clipped.
+        follow_links: whether links in that folder may lead out of it; else the images behind them are left out.
 
     Raises:
-        InputError: a missing, malformed or empty file, missing images, or unusable boxes with `on_error="fail"`.
+        InputError: the file cannot be read at all (see `read_coco_json`), or the folder cannot.
     """
     cache = ArrayCache(annotations, version=CACHE_VERSION)
     kept = cache.read()
     if kept is not None:
         data = _unpack(kept, source=annotations, folder=images)
-        names = data.name_bytes.numpy().tobytes()
-        bounds = pairwise(data.name_offsets.tolist())
-        _check_images_exist(annotations, images, [os.fsdecode(names[start:end]) for start, end in bounds])
     else:
         with _garbage_collection_paused():
             data = _parse(annotations, images)
         cache.write(_pack(data))
-    if on_error == "fail" and any(p.fatal for p in data.problems):
-        raise InputError(
-            f"{annotations}: boxes that cannot be used:\n{format_problems(data.problems)}\n"
-            "Correct the annotations, or train without these boxes with data.on_error=drop"
-        )
-    return data
+    names = data.names()
+    data = data.without(
+        {
+            place: Problem(defect, None, int(data.image_ids[place]), shown(names[place]))
+            for place, defect in find_defects(images, names, follow_links=follow_links).items()
+        }
+    )
+    return replace(data, problems=(*data.problems, *_empty_categories(data)))
 
 
 def read_coco_json(path: Path) -> dict[str, Any]:
     """Read a COCO-format file and check its outline: three lists, `images` and `categories` not empty.
 
     Raises:
-        InputError: the file is missing, empty, not JSON, or not of that outline.
+        InputError: what `read_json` raises, or the file is not of that outline.
     """
-    try:
-        text = path.read_bytes()
-    except OSError as error:
-        raise InputError(
-            f"{path}: cannot read the annotation file ({error.strerror}). Paths are relative to the current folder; "
-            "set data.train.annotations and data.val.annotations"
-        ) from error
-    try:
-        data = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        what = "the file is empty" if not text.strip() else f"not valid JSON ({error})"
-        raise InputError(f"{path}: {what}; expected COCO-format annotations") from error
+    data = read_json(path, REMEDY)
     for key in ("images", "annotations", "categories"):
         if not isinstance(data, dict) or not isinstance(data.get(key), list):
-            got = f"keys {sorted(map(str, data))[:8]}" if isinstance(data, dict) else type(data).__name__
+            got = f"keys {shown(sorted(data))}" if isinstance(data, dict) else type(data).__name__
             raise InputError(
                 f"{path}: expected a JSON object with the lists images, annotations, categories; got {got}"
             )
@@ -210,36 +230,13 @@ def read_categories(path: Path) -> Categories:
     """The categories of a COCO-format file, of which nothing else is read.
 
     Raises:
-        InputError: what `read_coco_json` raises, or a category without id or name.
+        InputError: what `read_coco_json` raises, or a category without id or name, or with the id of another.
     """
-    return _read_categories(path, read_coco_json(path)["categories"])
-
-
-def check_same_categories(train: CocoAnnotations, val: CocoAnnotations) -> None:
-    """Refuse a validation set whose classes differ from the training set's: its AP would mean nothing.
-
-    Raises:
-        InputError: naming both files and the differing categories.
-    """
-    if train.categories != val.categories:
-        ours = set(zip(train.categories.ids, train.categories.names, strict=True))
-        theirs = set(zip(val.categories.ids, val.categories.names, strict=True))
-        raise InputError(
-            f"{train.source} and {val.source} define different categories: only in the first {sorted(ours - theirs)}, "
-            f"only in the second {sorted(theirs - ours)}. Give both files the same list `categories`"
-        )
-
-
-def format_problems(problems: Sequence[Problem], limit: int = 5) -> str:
-    """A readable report, one line per reason: count, then the first annotation ids with their values."""
-    lines = []
-    for (reason, fatal), count in Counter((p.reason, p.fatal) for p in problems).most_common():
-        alike = [p for p in problems if (p.reason, p.fatal) == (reason, fatal)]
-        first = [f"{short(p.annotation_id)}: {p.value}" for p in alike[:limit]]
-        more = ", ..." if count > limit else ""
-        outcome = "not used" if fatal else "clipped"
-        lines.append(f"  {count:,} x {reason} ({outcome}): annotation {', '.join(first)}{more}")
-    return "\n".join(lines)
+    categories, problems = _read_categories(read_coco_json(path)["categories"])
+    refused = [p for p in problems if p.defect.outcome == "refused"]
+    if refused:
+        raise InputError(f"{path}: category {refused[0].value}: {refused[0].defect.reason}")
+    return categories
 
 
 @contextmanager
@@ -255,52 +252,60 @@ def _garbage_collection_paused() -> Iterator[None]:
 
 
 def _parse(annotations: Path, images: Path) -> CocoAnnotations:
-    """All that `load_coco` does but for the cache and `on_error`."""
-    data = read_coco_json(annotations)
-    categories = _read_categories(annotations, data["categories"])
-    image_ids, sizes, names = _read_images(annotations, images, data["images"])
-    image_index = {image_id: i for i, image_id in enumerate(image_ids)}
+    """All of `load_coco` that depends on the annotation file alone."""
+    content = read_coco_json(annotations)
+    categories, category_problems = _read_categories(content["categories"])
+    image_index, sizes, names, image_problems = _read_images(content["images"])
+    image_ids = [image_id for image_id, index in image_index.items() if index is not None]
     class_index = {category_id: i for i, category_id in enumerate(categories.ids)}
 
-    problems: list[tuple[int, Problem]] = []  # along with the position in the file
+    problems: list[Problem] = []
     positions: list[int] = []
     owners: list[int] = []
     labels: list[int] = []
     xywh: list[list[float]] = []
+    ids: list[Any] = []
     num_crowd = 0
-    for position, annotation in enumerate(data["annotations"]):
+    for position, annotation in enumerate(content["annotations"]):
         if not isinstance(annotation, dict):
-            problems.append((position, Problem(None, "not a JSON object", short(annotation), fatal=True)))
+            problems.append(problem(Defect.ANNOTATION_MALFORMED, position, None, annotation))
             continue
+        ids.append(annotation.get("id"))
         image_id, category_id = annotation.get("image_id"), annotation.get("category_id")
-        owner = image_index.get(image_id) if type(image_id) is int else None
         label = class_index.get(category_id) if type(category_id) is int else None
-        if owner is None or label is None:
-            key = "image_id" if owner is None else "category_id"
-            unknown = f"{key} that the file does not define"
-            problems.append((position, _problem(annotation, key, unknown, fatal=True)))
-        elif annotation.get("iscrowd"):
-            num_crowd += 1
-        elif reason := _malformed(annotation.get("bbox")):
-            problems.append((position, _problem(annotation, "bbox", reason, fatal=True)))
-        else:
+        crowd, bbox = annotation.get("iscrowd"), annotation.get("bbox")
+        if type(image_id) is not int or image_id not in image_index:
+            problems.append(problem(Defect.UNKNOWN_IMAGE, position, annotation, image_id))
+        elif label is None:
+            problems.append(problem(Defect.UNKNOWN_CATEGORY, position, annotation, category_id))
+        elif crowd:
+            if crowd == 1:
+                num_crowd += 1
+            else:
+                problems.append(problem(Defect.CROWD, position, annotation, crowd))
+        elif defect := _malformed(bbox):
+            problems.append(problem(defect, position, annotation, bbox))
+        elif (owner := image_index[image_id]) is not None:  # else it goes with its image
             positions.append(position)
             owners.append(owner)
             labels.append(label)
-            xywh.append(annotation["bbox"])
+            xywh.append(bbox)  # type: ignore[arg-type]  # _malformed has looked
 
-    size_array, owner_array = np.array(sizes), np.array(owners, np.int64)
-    boxes, found = _clip_boxes(np.array(xywh, np.float64).reshape(-1, 4), size_array[owner_array])
+    size_array, owner_array = np.array(sizes, np.int64).reshape(-1, 2), np.array(owners, np.int64)
+    stated = np.array(xywh, np.float64).reshape(-1, 4)
+    boxes, defects = _judge_boxes(stated, size_array[owner_array])
     usable = np.ones(len(boxes), bool)
-    for i in np.flatnonzero(found >= 0).tolist():
-        reason, fatal = BOX_PROBLEMS[found[i]]
-        usable[i] = not fatal
-        problems.append((positions[i], _problem(data["annotations"][positions[i]], "bbox", reason, fatal=fatal)))
-    problems.sort(key=lambda problem: problem[0])
+    for i in np.flatnonzero(defects >= 0).tolist():
+        defect, position = BOX_DEFECTS[defects[i]], positions[i]
+        usable[i] = defect.outcome == "clipped"
+        problems.append(problem(defect, position, content["annotations"][position], xywh[i]))
+    problems += _repeated_ids(content["annotations"], ids)
+    problems.sort(key=lambda found: found.position or 0)
 
     order = np.flatnonzero(usable)
     order = order[np.argsort(owner_array[order], kind="stable")]
-    name_bytes, name_offsets = _pack_names([os.fsencode(name) for name in names])
+    name_bytes, name_offsets = _pack_names(names)
+    num_repeated = sum(p.defect is Defect.IMAGE_REPEATED for p in image_problems)
     return CocoAnnotations(
         source=annotations,
         folder=images,
@@ -312,38 +317,33 @@ def _parse(annotations: Path, images: Path) -> CocoAnnotations:
         box_offsets=_offsets(torch.from_numpy(np.bincount(owner_array[order], minlength=len(image_ids)))),
         boxes=torch.from_numpy(boxes[order]),
         labels=torch.from_numpy(np.array(labels, np.int64)[order]),
+        num_images_in_file=len(content["images"]),
+        num_images_lost=len(content["images"]) - num_repeated - len(image_ids),
+        num_annotations=len(content["annotations"]),
         num_crowd=num_crowd,
-        problems=tuple(problem for _, problem in problems),
+        problems=(*_judge_all_boxes(stated, size_array[owner_array]), *category_problems, *image_problems, *problems),
     )
 
 
-def _problem(annotation: dict[str, Any], key: str, reason: str, *, fatal: bool) -> Problem:
-    """What is wrong with the value of `key`."""
-    annotation_id = annotation.get("id")
-    if not isinstance(annotation_id, int | float | str | None):
-        annotation_id = short(annotation_id)
-    return Problem(annotation_id, reason, short(annotation.get(key)), fatal=fatal)
-
-
-def _malformed(bbox: object) -> str | None:
-    """Why this is not four finite numbers, if so."""
+def _malformed(bbox: object) -> Defect | None:
+    """Whether this is not four finite numbers."""
     if not isinstance(bbox, list) or len(bbox) != 4:
-        return "bbox that is not [x, y, width, height]"
+        return Defect.BOX_MALFORMED
     # A comparison instead of math.isfinite, which overflows on integers of 400 digits.
     if not all(type(v) in (int, float) and abs(v) <= sys.float_info.max for v in bbox):
-        return "bbox with a value that is not a finite number"
+        return Defect.BOX_NOT_FINITE
     return None
 
 
-def _clip_boxes(xywh: np.ndarray, sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Clip boxes to their images.
+def _judge_boxes(xywh: np.ndarray, sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Clip boxes to their images, and say what is wrong with them.
 
     Args:
         xywh: (n, 4) float64, finite, as the file has them.
         sizes: (n, 2) (h, w) of their images.
 
     Returns:
-        (n, 4) float32 XYXY, and (n,) indices into `BOX_PROBLEMS`, -1 where nothing is wrong.
+        (n, 4) float32 XYXY, and (n,) indices into `BOX_DEFECTS`, -1 where nothing is wrong.
     """
     x, y, w, h = xywh.T
     height, width = sizes.T
@@ -351,87 +351,161 @@ def _clip_boxes(xywh: np.ndarray, sizes: np.ndarray) -> tuple[np.ndarray, np.nda
         stated = np.stack([x, y, x + w, y + h], 1)
         clipped = np.hstack([stated[:, :2].clip(min=0), np.minimum(stated[:, 2:], sizes[:, ::-1])])
         boxes = clipped.astype(np.float32)
-        beyond = np.abs(stated - clipped).max(1, initial=0)
+        beyond = np.abs(stated - clipped).max(1, initial=0) > CLIP_TOLERANCE_PX
+    fits_as_corners = (x >= 0) & (y >= 0) & (w > x) & (h > y) & (w <= width) & (h <= height)
     conditions = [
-        (w <= 0) | (h <= 0),
+        (w < 0) | (h < 0),
+        (w == 0) | (h == 0),
         (x >= width) | (y >= height) | (stated[:, 2] <= 0) | (stated[:, 3] <= 0),
         (boxes[:, 2] <= boxes[:, 0]) | (boxes[:, 3] <= boxes[:, 1]),
-        beyond > CLIP_TOLERANCE_PX,
+        beyond & fits_as_corners,
+        (w > width + CLIP_TOLERANCE_PX) | (h > height + CLIP_TOLERANCE_PX),
+        beyond,
     ]
-    return boxes, np.select(conditions, range(4), default=-1)
+    return boxes, np.select(conditions, range(len(conditions)), default=-1)
 
 
-def _read_categories(source: Path, entries: list[Any]) -> Categories:
+def _judge_all_boxes(xywh: np.ndarray, sizes: np.ndarray) -> list[Problem]:
+    """Whether the boxes of a file mean something else than [x, y, width, height] in pixels; (n, 4) and (n, 2) (h, w).
+
+    Corners: of at least 95 % the third value exceeds the first and the fourth the second, at least 10 % reach beyond
+    their image as [x, y, width, height], and at most 1 % as [x1, y1, x2, y2] (by more than `CLIP_TOLERANCE_PX`).
+    Fractions: in at least 95 %, all four values are within 0..1.
+    """
+    if len(xywh) < MIN_BOXES_TO_JUDGE:
+        return []
+    x, y, w, h = xywh.T
+    height, width = sizes.T + CLIP_TOLERANCE_PX
+    with np.errstate(over="ignore"):
+        ordered = ((w > x) & (h > y)).mean()
+        beyond = ((x + w > width) | (y + h > height)).mean()
+    beyond_as_corners = ((w > width) | (h > height)).mean()
+    if ordered >= 0.95 and beyond >= 0.10 and beyond_as_corners <= 0.01:
+        value = f"{beyond:.1%} of {len(xywh):,} boxes reach beyond their image, {beyond_as_corners:.1%} as corners"
+        return [Problem(Defect.ALL_CORNERS, None, None, value)]
+    fractions = ((xywh >= 0) & (xywh <= 1)).all(1).mean()
+    if fractions >= 0.95:
+        value = f"{fractions:.1%} of {len(xywh):,} boxes have no value above 1, as {shown(xywh[0].tolist())}"
+        return [Problem(Defect.ALL_FRACTIONS, None, None, value)]
+    return []
+
+
+def _repeated_ids(annotations: list[Any], ids: list[Any]) -> list[Problem]:
+    """One problem for each `id` that several annotations have; `ids` are those of all that are objects."""
+    plain = [i for i in ids if type(i) is int or type(i) is str]
+    if len(set(plain)) == len(plain):
+        return []
+    counts, problems = Counter(plain), []
+    for position, annotation in enumerate(annotations):
+        value = annotation.get("id") if isinstance(annotation, dict) else None
+        if (type(value) is int or type(value) is str) and (count := counts.pop(value, 1)) > 1:
+            number = f"{count:,} annotations"
+            problems.append(replace(problem(Defect.ANNOTATION_ID_REPEATED, position, annotation, None), value=number))
+    return problems
+
+
+def _read_categories(entries: list[Any]) -> tuple[Categories, list[Problem]]:
+    """The categories that can be used, and what is wrong with the list."""
     names: dict[int, str] = {}
-    for entry in entries:
+    seen: set[str] = set()
+    problems: list[Problem] = []
+    for position, entry in enumerate(entries):
         category_id = entry.get("id") if isinstance(entry, dict) else None
-        if type(category_id) is not int or not isinstance(entry.get("name"), str):
-            raise InputError(f"{source}: category {short(entry)} needs an integer `id` and a text `name`")
-        if category_id in names:
-            raise InputError(f"{source}: category id {category_id} is defined twice")
-        names[category_id] = entry["name"]
-    ids = tuple(sorted(names))
-    return Categories(ids, tuple(names[i] for i in ids))
-
-
-def _read_images(source: Path, folder: Path, entries: list[Any]) -> tuple[list[int], list[tuple[int, int]], list[str]]:
-    """Ids, (h, w) and file names, each checked; every file must exist below `folder`."""
-    ids: list[int] = []
-    sizes: list[tuple[int, int]] = []
-    names: list[str] = []
-    for entry in entries:
-        if not isinstance(entry, dict):
-            raise InputError(f"{source}: image {short(entry)} is not a JSON object")
-        image_id, name, height, width = (entry.get(key) for key in ("id", "file_name", "height", "width"))
-        if type(image_id) is not int or not -(2**63) <= image_id < 2**63 or not isinstance(name, str):
-            raise InputError(f"{source}: image {short(entry)} needs an integer `id` of 64 bits and a text `file_name`")
-        if type(height) is not int or type(width) is not int or not (0 < height < 2**31 and 0 < width < 2**31):
-            raise InputError(
-                f"{source}: image id {image_id} ({name!r}) needs positive integers `height` and `width`, "
-                f"got {short(height)} and {short(width)}"
-            )
-        if name.startswith("/") or ".." in name.split("/"):
-            raise InputError(f"{source}: image id {image_id}: file_name {name!r} leaves the image folder {folder}")
-        ids.append(image_id)
-        sizes.append((height, width))
-        names.append(name)
-    if len(set(ids)) < len(ids):
-        twice = [i for i, n in Counter(ids).items() if n > 1]
-        raise InputError(f"{source}: image ids {twice[:5]} are defined more than once ({len(twice)} in all)")
-    _check_images_exist(source, folder, names)
-    return ids, sizes, names
-
-
-def _check_images_exist(source: Path, folder: Path, names: Sequence[str]) -> None:
-    """One listing per folder instead of one call per file."""
-    present: set[str] = set()
-    for parent in {"", *(name.rpartition("/")[0] for name in names)}:
-        try:
-            with os.scandir(folder / parent) as entries:
-                present.update(os.path.join(parent, e.name) for e in entries if e.is_file())
-        except ValueError:  # not the name of a folder; its images are missing
+        name = entry.get("name") if isinstance(entry, dict) else None
+        if type(category_id) is not int or not isinstance(name, str):
+            problems.append(problem(Defect.CATEGORY_MALFORMED, position, entry, entry))
             continue
-        except OSError as error:
-            if parent:
-                continue
-            raise InputError(
-                f"{folder}: cannot read the image folder ({error.strerror}). Paths are relative to the current "
-                "folder; set data.train.images and data.val.images"
-            ) from error
-    missing = [name for name in names if name not in present and not os.path.isfile(folder / name)]
-    if missing:
-        raise InputError(
-            f"{folder}: {len(missing):,} of the {len(names):,} images of {source} are missing, first {missing[0]!r}. "
-            "Set data.train.images and data.val.images to the folder that holds them"
-        )
+        if category_id in names:
+            problems.append(problem(Defect.CATEGORY_ID_REPEATED, position, entry, name))
+        elif name in seen:
+            problems.append(problem(Defect.CATEGORY_NAME_REPEATED, position, entry, name))
+        names.setdefault(category_id, name)
+        seen.add(name)
+    ids = tuple(sorted(names))
+    return Categories(ids, tuple(names[i] for i in ids)), problems
+
+
+def _empty_categories(data: CocoAnnotations) -> list[Problem]:
+    counts = torch.bincount(data.labels, minlength=len(data.categories)).tolist()
+    categories = zip(data.categories.ids, data.categories.names, counts, strict=True)
+    return [problem(Defect.CATEGORY_EMPTY, None, {"id": i}, name) for i, name, count in categories if count == 0]
+
+
+def _read_images(
+    entries: list[Any],
+) -> tuple[dict[int, int | None], list[tuple[int, int]], list[bytes], list[Problem]]:
+    """Which images can be used, and what is wrong with the others.
+
+    Returns:
+        For each id the index of its image, None where that is left out; (h, w) and the encoded file names of the
+        images; the problems.
+    """
+    first: dict[int, int] = {}  # id -> position
+    repeated: set[int] = set()  # positions
+    ambiguous: set[int] = set()  # ids
+    for position, entry in enumerate(entries):
+        image_id = _image_id(entry)
+        if image_id is None:
+            continue
+        place = first.setdefault(image_id, position)
+        if place != position:
+            if all(entry.get(key) == entries[place].get(key) for key in ("file_name", "height", "width")):
+                repeated.add(position)
+            else:
+                ambiguous.add(image_id)
+
+    index: dict[int, int | None] = dict.fromkeys(first)
+    sizes: list[tuple[int, int]] = []
+    names: list[bytes] = []
+    seen: set[str] = set()
+    problems: list[Problem] = []
+    for position, entry in enumerate(entries):
+        image_id = _image_id(entry)
+        if image_id is None:
+            problems.append(problem(Defect.IMAGE_MALFORMED, position, entry, entry))
+            continue
+        name, size = entry.get("file_name"), (entry.get("height"), entry.get("width"))
+        if image_id in ambiguous:
+            problems.append(problem(Defect.IMAGE_AMBIGUOUS, position, entry, name))
+        elif position in repeated:
+            problems.append(problem(Defect.IMAGE_REPEATED, position, entry, name))
+        elif (encoded := _encoded(name)) is None:
+            problems.append(problem(Defect.IMAGE_NAME, position, entry, name))
+        elif escapes(name):
+            problems.append(problem(Defect.IMAGE_ESCAPES, position, entry, name))
+        elif not all(type(side) is int and 0 < side < 2**31 for side in size):
+            problems.append(problem(Defect.IMAGE_SIZE, position, entry, {"height": size[0], "width": size[1]}))
+        else:
+            if name in seen:
+                problems.append(problem(Defect.IMAGE_NAME_REPEATED, position, entry, name))
+            seen.add(name)
+            index[image_id] = len(sizes)
+            sizes.append(size)
+            names.append(encoded)
+    return index, sizes, names, problems
+
+
+def _image_id(entry: object) -> int | None:
+    image_id = entry.get("id") if isinstance(entry, dict) else None
+    return image_id if type(image_id) is int and -(2**63) <= image_id < 2**63 else None
+
+
+def _encoded(name: object) -> bytes | None:
+    """A file name as the file system has it; None for what can be none."""
+    if not isinstance(name, str) or not name or "\0" in name:
+        return None
+    try:
+        return os.fsencode(name)
+    except UnicodeEncodeError:  # a lone surrogate
+        return None
 
 
 def _pack(data: CocoAnnotations) -> dict[str, np.ndarray]:
     """The arrays that `_unpack` needs; source and folder are left to it."""
     rest = {
         "categories": data.categories.state_dict(),
-        "num_crowd": data.num_crowd,
-        "problems": [[p.annotation_id, p.reason, p.value, p.fatal] for p in data.problems],
+        "counts": {name: getattr(data, name) for name in COUNTS},
+        "problems": [[p.defect.name, p.position, p.id, p.value] for p in data.problems],
     }
     arrays = {name: getattr(data, name).numpy() for name in TENSORS}
     return {**arrays, "rest": np.frombuffer(json.dumps(rest).encode(), np.uint8)}
@@ -440,13 +514,14 @@ def _pack(data: CocoAnnotations) -> dict[str, np.ndarray]:
 def _unpack(arrays: dict[str, np.ndarray], *, source: Path, folder: Path) -> CocoAnnotations:
     """Inverse of `_pack`."""
     rest = json.loads(arrays["rest"].tobytes())
+    tensors: dict[str, Any] = {name: torch.from_numpy(arrays[name]) for name in TENSORS}
     return CocoAnnotations(
         source=source,
         folder=folder,
         categories=Categories.from_state_dict(rest["categories"]),
-        num_crowd=rest["num_crowd"],
-        problems=tuple(Problem(*fields) for fields in rest["problems"]),
-        **{name: torch.from_numpy(arrays[name]) for name in TENSORS},
+        problems=tuple(Problem(Defect[name], *fields) for name, *fields in rest["problems"]),
+        **rest["counts"],
+        **tensors,
     )
 
 

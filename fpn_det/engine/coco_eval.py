@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
 import sys
 import unicodedata
 from bisect import bisect_right
@@ -40,6 +39,7 @@ from numpy.typing import NDArray
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+from fpn_det.json_file import read_json
 from fpn_det.structures import InputError, printable
 
 Backend = Literal["pycocotools", "hotcoco"]
@@ -180,7 +180,7 @@ def read_results(path: Path) -> ScoredBoxes:
         InputError: the file cannot be read, is no such list, or a record lacks a field or holds a value that is
             not a finite number.
     """
-    records = _read_json(path)
+    records = read_json(path)
     if not isinstance(records, list):
         raise InputError(f"{path}: results must be a JSON list of records, got {_shown(records)}")
     try:
@@ -343,7 +343,7 @@ def read_ground_truth(path: Path) -> GroundTruth:
     Raises:
         InputError: naming the first entry that cannot be used.
     """
-    content = _read_json(path)
+    content = read_json(path, "Set data.val.annotations")
     if not isinstance(content, dict):
         raise InputError(f"{path}: COCO annotations must be a JSON object, got {_shown(content)}")
     for key in ("images", "categories", "annotations"):
@@ -382,9 +382,12 @@ def read_ground_truth(path: Path) -> GroundTruth:
             area = box[2] * box[3]
         if not _is_number(area):
             raise InputError(f"{where}: area must be a finite number, got {_shown(area)}")
+        is_crowd = annotation.get("iscrowd")
+        if is_crowd and is_crowd != 1:
+            raise InputError(f"{where}: iscrowd must be 0 or 1, got {_shown(is_crowd)}")
         boxes.append(box)
         areas.append(area)
-        crowd.append(bool(annotation.get("iscrowd")))
+        crowd.append(bool(is_crowd))
     names = {entry["id"]: entry["name"] for entry in content["categories"]}
     uses = Counter(names.values())
     return GroundTruth(
@@ -411,6 +414,7 @@ def _evaluate(
     columns = (truth.images + 1, truth.classes + 1, truth.boxes, truth.areas, truth.crowd.astype(np.int64))
     dataset: dict[str, list[dict[str, Any]]] = {
         "images": [{"id": i + 1} for i in range(len(truth.image_ids))],
+        # Not the names: hotcoco takes text of Unicode only, and JSON can hold lone surrogates.
         "categories": [{"id": i + 1, "name": str(i + 1)} for i in range(len(truth.names))],
         "annotations": [
             {"id": i + 1, "image_id": image, "category_id": k, "bbox": box, "area": area, "iscrowd": crowd}
@@ -530,15 +534,6 @@ def _places(ids: NDArray[np.int64], known: NDArray[np.int64], what: str, source:
             "split?"
         )
     return places
-
-
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(Path(path).read_bytes())
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror})") from error
-    except (ValueError, RecursionError) as error:  # not JSON, not text at all, or nested without end
-        raise InputError(f"{path}: is not valid JSON ({error})") from error
 
 
 def _read_ids(entries: Sequence[Mapping[str, Any]], source: str) -> dict[int, int]:

@@ -178,6 +178,11 @@ def test_without_source_or_home_there_is_no_cache(
         assert not is_kept(source)
 
 
+def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    assert not is_kept(tmp_path / "pipe")
+
+
 def test_the_usual_folder_is_that_of_the_home(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path / "home"))

@@ -345,9 +345,10 @@ def test_unreadable_results(tmp_path: Path) -> None:
     for record in (3, "bbox", ["bbox"], None):
         with pytest.raises(InputError, match="record 1 must be an object, got "):
             read_results(write(tmp_path / "r.json", [result(), record]))
-    for content in (b"", b"[{", b"\xff\xfe\x00\x80"):
+    broken = {b"": "the file is empty", b"[{": "is cut off", b"\xff\xfe\x00\x80": "is not valid JSON"}
+    for content, said in broken.items():
         (tmp_path / "bad.json").write_bytes(content)
-        with pytest.raises(InputError, match=r"bad\.json: is not valid JSON"):
+        with pytest.raises(InputError, match=rf"bad\.json: {said}"):
             read_results(tmp_path / "bad.json")
     nothing = read_results(write(tmp_path / "r.json", []))
     assert (nothing.boxes.shape, nothing.scores.shape, nothing.records()) == ((0, 4), (0,), [])
@@ -412,6 +413,7 @@ def annotation_with(**changes) -> dict:
         (annotation_with(bbox=None), r"annotations\[1\] \(id 2\): bbox must be .* got None"),
         (annotation_with(bbox=[0, 0, float("nan"), 1]), r"annotations\[1\] \(id 2\): bbox must be .* nan"),
         (annotation_with(area="9"), r"annotations\[1\] \(id 2\): area must be .* '9'"),
+        (annotation_with(iscrowd="0"), r"annotations\[1\] \(id 2\): iscrowd must be 0 or 1, got '0'"),
         (annotation_with(image_id=8), r"annotations\[1\] \(id 2\): image_id must be .* images, got 8"),
         (annotation_with(category_id=None), r"annotations\[1\] \(id 2\): category_id must be .* categories, got None"),
     ],
