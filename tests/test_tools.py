@@ -89,6 +89,7 @@ def test_run_folder(finished, tiny, shapes):
     names = {p.name for p in finished.iterdir()}
     assert names == {
         ".lock",
+        "data_report.json",
         "best.pth",
         "config.yaml",
         "final.pth",

@@ -3,9 +3,9 @@
     python tools/train.py --config configs/r50_fpn.yaml [--output-dir D] [--resume] [--profile] [key=value ...]
     torchrun --nproc-per-node 8 tools/train.py --config configs/r50_fpn.yaml
 
-Writes to runs/NAME (or D): config.yaml, log.txt, log.jsonl, tensorboard/, checkpoints, predictions.json and
-metrics.json; diagnosis.json if training diverged. SIGINT and SIGTERM save a checkpoint and exit; --resume goes on from
-the newest one that is whole. `torchrun --max-restarts N` goes on by itself when a process is lost.
+Writes to runs/NAME (or D): config.yaml, data_report.json, log.txt, log.jsonl, tensorboard/, checkpoints,
+predictions.json and metrics.json; diagnosis.json if training diverged. SIGINT and SIGTERM save a checkpoint and exit;
+--resume goes on from the newest one that is whole. `torchrun --max-restarts N` goes on by itself when a process is lost.
 """
 
 from __future__ import annotations
@@ -22,9 +22,10 @@ import torch
 from fpn_det import build
 from fpn_det.cli import config_parser, user_errors
 from fpn_det.config import Config, dump_config, load_config
-from fpn_det.data.checks import check_same_categories
+from fpn_det.data.checks import check_same_categories, compare_splits
 from fpn_det.data.coco import CocoAnnotations
 from fpn_det.data.problems import format_problems
+from fpn_det.data.report import write_report
 from fpn_det.data.transforms import load_image
 from fpn_det.draw import draw_comparison
 from fpn_det.engine import checkpoint, run_folder
@@ -128,8 +129,10 @@ def train_on(
             scaler.load_state_dict(state["scaler"])
     detector: Detector = build.place(config, ema.module, process.device) if ema is not None else model  # type: ignore[arg-type]
 
+    between = compare_splits(train_data, val_data)
     if process.is_main:
         write_text(folder / "config.yaml", dump_config(config))
+        write_report(folder / "data_report.json", {"train": train_data, "val": val_data}, between=between)
     val_loader = build.build_val_loader(config, val_data, process=process)
     proposals_only = config.model.kind == "rpn"
     pictures = list(range(min(config.eval.tensorboard_images, len(val_data))))
@@ -144,6 +147,8 @@ def train_on(
             log.message(data.summary())
             if data.problems:
                 log.message(format_problems(data.problems))
+        if between:
+            log.message(f"images of both splits:\n{format_problems(between)}")
         log.message(describe(config, model, train_data, num_steps, start_step, process))
         if state is not None:
             log.message(what_changed(state, config, stream) or "nothing has changed since that checkpoint")

@@ -19,7 +19,6 @@ A split that cannot be read at all has "refused" only. Boxes that are left out i
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ import torch
 
 from fpn_det.data.coco import CocoAnnotations
 from fpn_det.data.problems import Problem, as_record
+from fpn_det.files import write_json
 
 
 def write_report(
@@ -54,7 +54,7 @@ def write_report(
         "between_splits": [as_record(p, data.source) for data in [splits.get("val")] if data for p in between],
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=1))
+    write_json(path, content)
 
 
 def format_counts(splits: Mapping[str, CocoAnnotations]) -> str:
