@@ -55,6 +55,7 @@ def test_twenty_kills_and_five_stops(options, tmp_path, show: Show):
         with train(options, killed, number) as job:
             if way == "writing":
                 job.wait_for(" eta ")
+                time.sleep(dice.uniform(0, 4))  # the first checkpoint, or a later one
                 while not list(killed.glob(".step_*.tmp")):
                     assert job.process.poll() is None, job.text()
                 time.sleep(dice.uniform(0, 0.1))
