@@ -215,7 +215,13 @@ def find(process: Process, annotations: Path, batches: list[list[int]]) -> tuple
     sizes = {"sizes": torch.full((1, 2), 32), "original_sizes": torch.full((1, 2), 32)}
     empty = Targets(boxes=torch.zeros(1, 0, 4), labels=torch.zeros(1, 0).long(), valid=torch.zeros(1, 0).bool())
     own = [
-        Batch(images=torch.zeros(1, 3, 32, 32), image_ids=torch.tensor([i]), targets=empty, **sizes)
+        Batch(
+            images=torch.zeros(1, 3, 32, 32),
+            image_ids=torch.tensor([i]),
+            targets=empty,
+            seeds=torch.tensor([0]),
+            **sizes,
+        )
         for share in batches[process.rank :: process.world_size]
         for i in share
     ]
