@@ -76,9 +76,6 @@ def run(config: Config, folder: Path, *, resume: bool, profile: bool = False, pr
     torch.manual_seed(config.seed)
     model = build.build_model(config, len(categories), pretrained=state is None)
     build.place(config, model, process.device)
-    has_sync_bn = any(isinstance(module, torch.nn.SyncBatchNorm) for module in model.modules())
-    if has_sync_bn and process.world_size > 1 and process.device.type == "cpu":
-        raise InputError("the norm sync_bn works over GPUs only; on CPUs use bn or gn")
     optimizer = build.build_optimizer(config, model)
     decay = config.train.ema_decay
     start_step = state["step"] if state is not None else 0
