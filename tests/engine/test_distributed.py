@@ -246,7 +246,8 @@ def small_detector(norm: Norm) -> FasterRCNN:
             anchors=anchors,
             num_samples=32,
             post_nms_top_k_train=32,
-            nms_thresh=0.3,  # leaves fewer proposals than there are to be samples, in some images
+            nms_thresh=0.3,
+            min_size=12,  # leaves fewer proposals than there are to be samples, in some images
         ),
         roi_head=RoIHead(
             pooler=MultiLevelRoIAlign(strides=neck.roi_strides, canonical_size=56),
