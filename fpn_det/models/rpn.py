@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, conv2d
 
 from fpn_det import boxes as box_ops
-from fpn_det.models.anchors import Anchors, locate
+from fpn_det.models.anchors import Anchors, level_shapes, locate
 from fpn_det.models.box_loss import BoxLoss, box_loss
 from fpn_det.models.matching import ANCHORS, match, noise, sample
 from fpn_det.models.nms import nms_per_level
@@ -88,9 +88,7 @@ class RPNHead(nn.Module):
             (N, S) logits and (N, S, 4) deltas.
         """
         n, s = index.shape
-        place = locate(
-            index, [(f.shape[2], f.shape[3]) for f in features], num_per_location=self.objectness.out_channels
-        )
+        place = locate(index, level_shapes(features), num_per_location=self.objectness.out_channels)
         radius = len(self.convs)
         around = torch.arange(-radius, radius + 1, device=index.device)
         rows, columns = place.row[:, :, None] + around, place.column[:, :, None] + around
@@ -196,7 +194,7 @@ class RPN(nn.Module):
     def forward(self, features: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
         """Per level: (N, A_l) float32 logits, (N, A_l, 4) float32 deltas, (A_l, 4) float32 anchors."""
         logits, deltas = self.head(features)
-        anchors = self.anchors([(f.shape[-2], f.shape[-1]) for f in features])
+        anchors = self.anchors(level_shapes(features))
         return [x.float() for x in logits], [x.float() for x in deltas], anchors
 
     def losses(
@@ -209,7 +207,7 @@ class RPN(nn.Module):
             targets: ground truth.
             seeds: (N,) int64, what the choice of anchors depends on.
         """
-        samples = self.sample(self.anchors([(f.shape[-2], f.shape[-1]) for f in features]), targets, seeds)
+        samples = self.sample(self.anchors(level_shapes(features)), targets, seeds)
         logits, deltas = self.head.at(features, samples.index)
         return self.loss(logits.float(), deltas.float(), samples), {"rpn_positives": self.count_positives(samples)}
 
