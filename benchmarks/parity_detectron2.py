@@ -229,7 +229,12 @@ def compare_training(paths: Sequence[Path], folder: Path) -> None:
         record["instances"] = Instances((height, width), gt_boxes=Boxes(boxes), gt_classes=labels)
     with EventStorage():
         expected = theirs.train()(inputs)
-    losses, _ = ours.train()(collate(samples))
+    batch = collate(samples)
+    losses, _ = ours.train()(batch)
+    # Theirs are divided by the RoIs that there are, ours by those that were wanted.
+    num_rois = int(ours.propose(batch).valid.sum()) + int(batch.targets.valid.sum())
+    for name in ("roi_class", "roi_box"):
+        losses[name] = losses[name] * (EVERY_ROI * len(samples) / num_rois)
     for total in (sum(expected.values()), sum(losses.values())):
         total.backward()
     gradients = {k: torch.zeros_like(v) for k, v in theirs.state_dict().items()}

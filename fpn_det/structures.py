@@ -101,6 +101,7 @@ class Sample:
         labels: (G,) int64, 0..K-1.
         image_id: the data set's own id of the image.
         original_size: (h, w) of the image file as a viewer shows it, before resizing.
+        seed: of all that is random about this image in this step, 0..2**63-1; without effect on detection.
         proposals: (P, 4) float32, in the frame of `image`, best first; None unless proposals are fixed (Fast R-CNN).
         proposal_scores: (P,) float32 in 0..1, along with `proposals`.
     """
@@ -110,6 +111,7 @@ class Sample:
     labels: Tensor
     image_id: int
     original_size: tuple[int, int]
+    seed: int = 0
     proposals: Tensor | None = None
     proposal_scores: Tensor | None = None
 
@@ -140,6 +142,7 @@ class Batch(_TensorFields):
         targets: ground truth in the frame of `images`.
         image_ids: (N,) int64, the data set's own ids.
         original_sizes: (N, 2) int64, (h, w) of the image files.
+        seeds: (N,) int64, what the random choices of anchors and RoIs in each image depend on.
         proposals: fixed proposals (Fast R-CNN), padded to the batch's largest count; None where the model has an RPN.
     """
 
@@ -148,6 +151,7 @@ class Batch(_TensorFields):
     targets: Targets
     image_ids: Tensor
     original_sizes: Tensor
+    seeds: Tensor
     proposals: Proposals | None = None
 
     def without_pixels(self) -> Batch:

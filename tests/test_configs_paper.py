@@ -108,6 +108,7 @@ def two_images(kind: str) -> Batch:
         ),
         image_ids=torch.arange(2),
         original_sizes=sizes,
+        seeds=torch.arange(2),
         proposals=Proposals(boxes=corners, scores=torch.rand(2, 20), valid=torch.ones(2, 20, dtype=torch.bool))
         if kind == "fast_rcnn"
         else None,

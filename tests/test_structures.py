@@ -17,6 +17,7 @@ def batch() -> Batch:
         targets=targets,
         image_ids=torch.tensor([4, 9]),
         original_sizes=torch.tensor([[60, 64], [64, 40]]),
+        seeds=torch.tensor([7, 2**63 - 1]),
     )
 
 

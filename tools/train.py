@@ -104,9 +104,6 @@ def train_on(
     torch.manual_seed(config.seed)
     model = build.build_model(config, len(categories), pretrained=state is None)
     build.place(config, model, process.device)
-    has_sync_bn = any(isinstance(module, torch.nn.SyncBatchNorm) for module in model.modules())
-    if has_sync_bn and process.world_size > 1 and process.device.type == "cpu":
-        raise InputError("the norm sync_bn works over GPUs only; on CPUs use bn or gn")
     optimizer = build.build_optimizer(config, model)
     scaler = loss_scaler(process.device, config.train.precision)
     decay = config.train.ema_decay

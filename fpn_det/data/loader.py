@@ -32,7 +32,7 @@ from fpn_det.structures import Batch, Proposals, Sample, Targets
 
 Transform = Callable[[Sample, random.Random], Sample]
 Key = tuple[int, int]
-"""(index of the image, seed of its augmentation)"""
+"""(index of the image, seed of its augmentation and of the samples that the model draws in it)"""
 
 WINDOW_BATCHES = 16
 """Batches of one aspect are formed among this many consecutive ones; the rest of a window is mixed."""
@@ -75,6 +75,7 @@ class DetectionDataset(Dataset[Sample]):
             labels=labels,
             image_id=image_id,
             original_size=(h, w),
+            seed=seed,
             proposals=proposals,
             proposal_scores=scores,
         )
@@ -138,8 +139,8 @@ class TrainSampler(Sampler[list[Key]]):
         n, length = len(self.portrait), WINDOW_BATCHES * self.batch_size
         positions = np.arange(number * length, (number + 1) * length)
         indices = np.array([self.permutation(p // n)[p % n] for p in positions])
-        # Positive, as random.Random takes the absolute value.
-        seeds = np.random.SeedSequence((self.seed, 1, number)).generate_state(length, np.uint64)
+        # 63 bits: they fit a tensor, and are positive, as random.Random takes the absolute value.
+        seeds = np.random.SeedSequence((self.seed, 1, number)).generate_state(length, np.uint64) >> np.uint64(1)
         order = np.argsort(self.portrait[indices], kind="stable")
         batches = np.random.default_rng((self.seed, 2, number)).permutation(order.reshape(-1, self.batch_size))
         return [[(int(indices[i]), int(seeds[i])) for i in batch] for batch in batches]
@@ -204,6 +205,7 @@ def collate(samples: Sequence[Sample], size_divisor: int = 32) -> Batch:
         targets=Targets(boxes=boxes, labels=labels, valid=valid),
         image_ids=torch.tensor([s.image_id for s in samples]),
         original_sizes=torch.tensor([s.original_size for s in samples]),
+        seeds=torch.tensor([s.seed for s in samples]),
         proposals=_collate_proposals(samples),
     )
 

@@ -12,6 +12,11 @@ import torch
 from torch import Tensor, nn
 
 
+def level_shapes(features: Sequence[Tensor]) -> list[tuple[int, int]]:
+    """(h, w) in cells of each level (N, C, h, w)."""
+    return [(f.shape[-2], f.shape[-1]) for f in features]
+
+
 class Anchors(nn.Module):
     """One area or more per level, several aspect ratios; centred on the grid points (column, row) * stride.
 

@@ -91,9 +91,9 @@ class FasterRCNN(Pyramid):
         """
         features = self.features(batch)
         # In this order: what autocast keeps of a weight that it met without gradients would have none later.
-        rpn_losses, rpn_stats = self.rpn.losses(features, batch.targets)
+        rpn_losses, rpn_stats = self.rpn.losses(features, batch.targets, batch.seeds)
         proposals = self.rpn.predict(features, batch.sizes)
-        roi_losses, roi_stats = self.roi_head.losses(features, proposals, batch.targets, batch.sizes)
+        roi_losses, roi_stats = self.roi_head.losses(features, proposals, batch.targets, batch.sizes, batch.seeds)
         return rpn_losses | roi_losses, rpn_stats | roi_stats
 
     @torch.no_grad()
@@ -130,7 +130,7 @@ class ProposalNetwork(Pyramid):
 
     def forward(self, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Losses `rpn_objectness`, `rpn_box` and statistics `rpn_positives` (per image) of a batch."""
-        return self.rpn.losses(self.features(batch), batch.targets)
+        return self.rpn.losses(self.features(batch), batch.targets, batch.seeds)
 
     @torch.no_grad()
     def propose(self, batch: Batch) -> Proposals:
@@ -171,7 +171,8 @@ class FastRCNN(Pyramid):
 
     def forward(self, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Losses `roi_class`, `roi_box` and statistics `roi_positives` (per image) of a batch."""
-        return self.roi_head.losses(self.features(batch), self.propose(batch), batch.targets, batch.sizes)
+        features, proposals = self.features(batch), self.propose(batch)
+        return self.roi_head.losses(features, proposals, batch.targets, batch.sizes, batch.seeds)
 
     @torch.no_grad()
     def predict(self, batch: Batch) -> list[Detections]:

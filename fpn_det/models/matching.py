@@ -2,6 +2,9 @@
 
 Everything is batched over images and of fixed shape: no loop over images, no synchronisation with the host.
 
+The choice is random, but a pure function of the image's seed: it does not depend on the other images of the batch, so
+many processes and micro-batches train on the samples that one process would.
+
 Dimensions: N images, G ground-truth boxes, B boxes to be matched (anchors or proposals), S samples per image.
 """
 
@@ -16,6 +19,10 @@ from fpn_det.structures import Targets
 
 IOU_CHUNK_ELEMENTS = 1 << 24
 """Ground truth is visited in chunks so that no IoU matrix exceeds this many elements (64 MiB)."""
+
+
+ANCHORS, PROPOSALS, GROUND_TRUTH = 1, 2, 3
+"""Salts of `noise`: what the boxes are that a choice is made among."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -77,11 +84,14 @@ def pairwise_iou(a: Tensor, b: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def sample(positive: Tensor, negative: Tensor, *, num: int, positive_fraction: float) -> tuple[Tensor, Tensor, Tensor]:
+def sample(
+    positive: Tensor, negative: Tensor, noise: Tensor, *, num: int, positive_fraction: float
+) -> tuple[Tensor, Tensor, Tensor]:
     """Choose boxes to train on at random: at most `num * positive_fraction` positives, filled up with negatives.
 
     Args:
         positive, negative: (N, B) bool, disjoint.
+        noise: (N, B) float32 in 0..1; of each kind, the boxes of least noise are chosen.
         num: samples per image.
         positive_fraction: upper bound of the share of positives.
 
@@ -90,13 +100,45 @@ def sample(positive: Tensor, negative: Tensor, *, num: int, positive_fraction: f
         is_positive: (N, S) bool.
         valid: (N, S) bool; False where there were not enough boxes.
     """
-    noise = torch.rand(positive.shape, device=positive.device)
     max_positive = min(int(num * positive_fraction), positive.shape[1])
-    # Keys in 2..3 for the chosen positives, 0..1 for negatives, below 0 for the rest: one sort takes the samples.
+    # Keys below 0 for the chosen positives, 0..1 for negatives, infinity for the rest: one sort takes the samples.
     chosen = torch.zeros_like(positive)
     if max_positive > 0:
-        key, index = torch.where(positive, noise, -1.0).topk(max_positive, dim=1)
-        chosen.scatter_(1, index, key >= 0)
-    key = torch.where(chosen, noise + 2, torch.where(negative, noise, -1.0))
-    key, index = key.topk(min(num, key.shape[1]), dim=1)
-    return index, key >= 2, key >= 0
+        key, index = torch.where(positive, noise, torch.inf).topk(max_positive, dim=1, largest=False)
+        chosen.scatter_(1, index, key < torch.inf)
+    key = torch.where(chosen, noise - 2, torch.where(negative, noise, torch.inf))
+    key, index = key.topk(min(num, key.shape[1]), dim=1, largest=False)
+    return index, key < 0, key < torch.inf
+
+
+@torch.no_grad()
+def noise(seeds: Tensor, num: int, *, salt: int) -> Tensor:
+    """A random number for each box of each image: a hash of the image's seed, the salt and the box's position.
+
+    Unlike numbers of a generator it does not depend on the other images, on the number of boxes, or on the device.
+
+    Args:
+        seeds: (N,) int64.
+        num: B, boxes per image.
+        salt: one of the constants above.
+
+    Returns:
+        (N, B) float32, uniform in 0..1, in steps of 2**-31 near 0, where `sample` looks.
+    """
+    low, high = seeds.to(torch.int32), (seeds >> 32).to(torch.int32)
+    key = _mix(_mix(_mix(torch.full_like(low, salt)) ^ low) ^ high)
+    position = _mix(torch.arange(num, dtype=torch.int32, device=seeds.device))
+    return _mix(key[:, None] ^ position).bitwise_and_(0x7FFFFFFF).float().mul_(2**-31)
+
+
+def _mix(x: Tensor) -> Tensor:
+    """Hash int32 words, in place (`lowbias32` of Wellons' Hash Function Prospector): each bit depends on all others.
+
+    In int32, since neither CPUs nor GPUs multiply vectors of int64 fast. Masks make the right shifts logical.
+    """
+    x ^= (x >> 16).bitwise_and_(0xFFFF)
+    x *= 0x7FEB352D
+    x ^= (x >> 15).bitwise_and_(0x1FFFF)
+    x *= 0x846CA68B - 2**32
+    x ^= (x >> 16).bitwise_and_(0xFFFF)
+    return x

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torchvision.ops import FrozenBatchNorm2d
 
@@ -30,9 +31,61 @@ def norm_layer(norm: Norm, eps: float = 1e-5) -> Callable[[int], nn.Module]:
         case "bn":
             return partial(nn.BatchNorm2d, eps=eps)
         case "sync_bn":
-            return partial(nn.SyncBatchNorm, eps=eps)
+            return partial(SyncBatchNorm, eps=eps)
         case "gn":
             return lambda channels: nn.GroupNorm(32, channels, eps=eps)
+
+
+class SyncBatchNorm(nn.BatchNorm2d):
+    """Batch normalisation by the statistics of all processes; any process may have no input at all.
+
+    On GPUs it is torch's, which refuses CPUs. On those the sums over the processes are taken here. It is no subclass
+    of torch's, since DistributedDataParallel refuses such on CPUs.
+    """
+
+    process_group = None  # all processes
+    _check_non_zero_input_channels = nn.SyncBatchNorm._check_non_zero_input_channels
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) -> (N, C, H, W) of the same type; collective while training."""
+        if x.device.type != "cpu":
+            out: Tensor = nn.SyncBatchNorm.forward(self, x)  # type: ignore[arg-type]
+            return out
+        if not self.training or not dist.is_initialized():
+            return super().forward(x)
+        assert self.momentum is not None
+        assert self.running_mean is not None
+        assert self.running_var is not None
+        values = x.to(self.weight.dtype)  # float32 under autocast
+        count = values.new_full((1,), values.numel() // values.shape[1])
+        sums = _SumOverProcesses.apply(torch.cat([values.sum((0, 2, 3)), count]))
+        total = sums[-1].clamp(min=1)  # no input in any process: no NaN
+        mean = sums[:-1] / total
+        centred = values - mean[:, None, None]
+        variance = _SumOverProcesses.apply(centred.square().sum((0, 2, 3))) / total
+        with torch.no_grad():
+            momentum = self.momentum * (sums[-1] > 0)
+            self.running_mean.lerp_(mean, momentum)
+            self.running_var.lerp_(variance * total / (total - 1).clamp(min=1), momentum)
+            self.num_batches_tracked.add_(1)  # type: ignore[union-attr]
+        scale = self.weight * (variance + self.eps).rsqrt()
+        return (centred * scale[:, None, None] + self.bias[:, None, None]).to(x.dtype)
+
+
+class _SumOverProcesses(torch.autograd.Function):
+    """The sum of a tensor over all processes; so is its gradient, as the loss of each process depends on each input."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        x = x.clone()
+        dist.all_reduce(x)
+        return x
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        grad = grad.clone()
+        dist.all_reduce(grad)
+        return grad
 
 
 def conv_norm(

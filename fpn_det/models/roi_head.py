@@ -18,7 +18,7 @@ from torch.nn.functional import conv2d, cross_entropy, linear, softmax
 from fpn_det import boxes as box_ops
 from fpn_det.models.backbone import Layer4
 from fpn_det.models.box_loss import BoxLoss, box_loss
-from fpn_det.models.matching import match, sample
+from fpn_det.models.matching import GROUND_TRUTH, PROPOSALS, match, noise, sample
 from fpn_det.models.nms import best, nms_per_class
 from fpn_det.models.norms import Norm, conv_norm
 from fpn_det.models.roi_pool import MultiLevelRoIAlign
@@ -181,7 +181,7 @@ class RoIHead(nn.Module):
         self.min_size = min_size
 
     def losses(
-        self, features: Sequence[Tensor], proposals: Proposals, targets: Targets, sizes: Tensor
+        self, features: Sequence[Tensor], proposals: Proposals, targets: Targets, sizes: Tensor, seeds: Tensor
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Losses `roi_class`, `roi_box` and statistics `roi_positives` (per image) of a step.
 
@@ -190,14 +190,15 @@ class RoIHead(nn.Module):
             proposals: regions to sample from.
             targets: ground truth.
             sizes: (N, 2) (h, w) of the images without padding.
+            seeds: (N,) int64, what the choice of RoIs depends on.
         """
-        samples = self.sample(proposals, targets)
+        samples = self.sample(proposals, targets, seeds)
         logits, deltas = self(features, samples.boxes)
         return self.loss(logits, deltas, samples), {"roi_positives": self.count_positives(samples)}
 
     @torch.no_grad()
-    def sample(self, proposals: Proposals, targets: Targets) -> RoISamples:
-        """Match proposals and ground-truth boxes with the ground truth and choose some at random.
+    def sample(self, proposals: Proposals, targets: Targets, seeds: Tensor) -> RoISamples:
+        """Match proposals and ground-truth boxes with the ground truth and choose some at random, by `seeds` (N,).
 
         The ground-truth boxes are candidates too, so that the head sees positives before the RPN finds them.
         """
@@ -205,8 +206,17 @@ class RoIHead(nn.Module):
         usable = torch.cat([proposals.valid, targets.valid], dim=1)
         every = self.label(boxes, usable, targets)
         positive = usable & (every.labels < self.num_classes)
+        # Each kind draws for itself: how many there are of the other depends on the other images of the batch.
+        draws = [
+            noise(seeds, proposals.boxes.shape[1], salt=PROPOSALS),
+            noise(seeds, targets.boxes.shape[1], salt=GROUND_TRUTH),
+        ]
         index, _, valid = sample(
-            positive, usable & ~positive, num=self.num_samples, positive_fraction=self.positive_fraction
+            positive,
+            usable & ~positive,
+            torch.cat(draws, dim=1),
+            num=self.num_samples,
+            positive_fraction=self.positive_fraction,
         )
         box_index = index[:, :, None].expand(-1, -1, 4)
         return RoISamples(
@@ -250,8 +260,11 @@ class RoIHead(nn.Module):
         return logits.float().unflatten(0, (n, s)), deltas.float().view(n, s, deltas.shape[1] // 4, 4)
 
     def loss(self, logits: Tensor, deltas: Tensor, samples: RoISamples) -> dict[str, Tensor]:
-        """Cross-entropy, and box loss of the positives, both divided by the number of sampled RoIs."""
-        num_sampled = samples.valid.sum().clamp(min=1)
+        """Cross-entropy, and box loss of the positives, both divided by N * `num_samples`.
+
+        A constant divisor, as of the RPN: the number of RoIs that there are, where an image has fewer, would weigh the
+        images of each process and micro-batch differently.
+        """
         labels = torch.where(samples.valid, samples.labels, -100)  # cross_entropy ignores -100
         classification = cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="sum")
         is_positive = samples.valid & (samples.labels < self.num_classes)
@@ -267,7 +280,8 @@ class RoIHead(nn.Module):
             weights=self.box_weights,
             delta_clamp=self.delta_clamp,
         )
-        return {"roi_class": classification / num_sampled, "roi_box": self.box_loss_weight * box / num_sampled}
+        divisor = self.num_samples * len(logits)
+        return {"roi_class": classification / divisor, "roi_box": self.box_loss_weight * box / divisor}
 
     @torch.no_grad()
     def predict(self, features: Sequence[Tensor], proposals: Proposals, sizes: Tensor) -> list[Detections]:
@@ -342,12 +356,12 @@ class CascadeRoIHead(nn.Module):
         return list(self.stages)  # type: ignore[arg-type]
 
     def losses(
-        self, features: Sequence[Tensor], proposals: Proposals, targets: Targets, sizes: Tensor
+        self, features: Sequence[Tensor], proposals: Proposals, targets: Targets, sizes: Tensor, seeds: Tensor
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """As of `RoIHead`, for each stage: `roi_class_1`, ..."""
         losses: dict[str, Tensor] = {}
         stats: dict[str, Tensor] = {}
-        samples = self.heads[0].sample(proposals, targets)
+        samples = self.heads[0].sample(proposals, targets, seeds)
         for i, (head, weight) in enumerate(zip(self.heads, self.loss_weights, strict=True), start=1):
             logits, deltas = head(features, samples.boxes)
             losses |= {f"{k}_{i}": weight * loss for k, loss in head.loss(logits, deltas, samples).items()}

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from torch.nn.functional import embedding_bag
 from torchvision.ops import roi_align
 
+from fpn_det.models.anchors import level_shapes
+
 FAR_OUTSIDE = -1e5
 """Where RoIs of other levels are moved: RoIAlign is 0 outside of the image."""
 
@@ -108,7 +110,7 @@ class MultiLevelRoIAlign(nn.Module):
         """The weighted sum of the cells that each bin touches."""
         c = features[0].shape[1]
         cells = torch.cat([f.permute(0, 2, 3, 1).reshape(-1, c) for f in features])
-        index, offsets, weights = self._bags([(f.shape[2], f.shape[3]) for f in features], boxes)
+        index, offsets, weights = self._bags(level_shapes(features), boxes)
         pooled = embedding_bag(index, cells, offsets, mode="sum", per_sample_weights=weights)
         return pooled.view(-1, self.output_size, self.output_size, c).permute(0, 3, 1, 2)
 

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, conv2d
 
 from fpn_det import boxes as box_ops
-from fpn_det.models.anchors import Anchors, locate
+from fpn_det.models.anchors import Anchors, level_shapes, locate
 from fpn_det.models.box_loss import BoxLoss, box_loss
-from fpn_det.models.matching import match, sample
+from fpn_det.models.matching import ANCHORS, match, noise, sample
 from fpn_det.models.nms import nms_per_level
 from fpn_det.structures import Proposals, Targets
 
@@ -88,9 +88,7 @@ class RPNHead(nn.Module):
             (N, S) logits and (N, S, 4) deltas.
         """
         n, s = index.shape
-        place = locate(
-            index, [(f.shape[2], f.shape[3]) for f in features], num_per_location=self.objectness.out_channels
-        )
+        place = locate(index, level_shapes(features), num_per_location=self.objectness.out_channels)
         radius = len(self.convs)
         around = torch.arange(-radius, radius + 1, device=index.device)
         rows, columns = place.row[:, :, None] + around, place.column[:, :, None] + around
@@ -196,17 +194,20 @@ class RPN(nn.Module):
     def forward(self, features: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
         """Per level: (N, A_l) float32 logits, (N, A_l, 4) float32 deltas, (A_l, 4) float32 anchors."""
         logits, deltas = self.head(features)
-        anchors = self.anchors([(f.shape[-2], f.shape[-1]) for f in features])
+        anchors = self.anchors(level_shapes(features))
         return [x.float() for x in logits], [x.float() for x in deltas], anchors
 
-    def losses(self, features: Sequence[Tensor], targets: Targets) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    def losses(
+        self, features: Sequence[Tensor], targets: Targets, seeds: Tensor
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Losses `rpn_objectness`, `rpn_box`, and statistics `rpn_positives` (per image) of a step.
 
         Args:
             features: (N, C, h_i, w_i) per level.
             targets: ground truth.
+            seeds: (N,) int64, what the choice of anchors depends on.
         """
-        samples = self.sample(self.anchors([(f.shape[-2], f.shape[-1]) for f in features]), targets)
+        samples = self.sample(self.anchors(level_shapes(features)), targets, seeds)
         logits, deltas = self.head.at(features, samples.index)
         return self.loss(logits.float(), deltas.float(), samples), {"rpn_positives": self.count_positives(samples)}
 
@@ -217,14 +218,18 @@ class RPN(nn.Module):
         return self.propose(logits, deltas, anchors, sizes)
 
     @torch.no_grad()
-    def sample(self, anchors: Sequence[Tensor], targets: Targets) -> AnchorSamples:
-        """Match the anchors of all levels with the ground truth and choose some at random."""
+    def sample(self, anchors: Sequence[Tensor], targets: Targets, seeds: Tensor) -> AnchorSamples:
+        """Match the anchors of all levels with the ground truth and choose some at random, by `seeds` (N,)."""
         all_anchors = torch.cat(list(anchors))
         matches = match(all_anchors, targets, min_best_iou=self.min_match_iou)
         positive = (matches.iou >= self.positive_iou) | matches.is_best
         negative = (matches.iou < self.negative_iou) & ~positive
         index, is_positive, valid = sample(
-            positive, negative, num=self.num_samples, positive_fraction=self.positive_fraction
+            positive,
+            negative,
+            noise(seeds, len(all_anchors), salt=ANCHORS),
+            num=self.num_samples,
+            positive_fraction=self.positive_fraction,
         )
         sampled = gt_boxes = all_anchors[index]
         if targets.boxes.shape[1] > 0:

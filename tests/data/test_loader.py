@@ -122,8 +122,8 @@ def test_the_augmentation_seed_differs_between_occurrences() -> None:
         for _, seed in batch
     ]
     assert len(set(seeds)) == len(seeds) == 3200
-    assert all(0 <= seed < 2**64 for seed in seeds)
-    assert max(seeds) >= 2**63, "64 bits: collisions do not happen"
+    assert all(0 <= seed < 2**63 for seed in seeds)
+    assert max(seeds) >= 2**62, "63 bits: collisions do not happen, and they fit a tensor"
 
 
 def test_portrait_and_landscape_are_apart_in_all_but_one_batch_of_a_window() -> None:
@@ -194,7 +194,9 @@ def sample(height: int, width: int, num_boxes: int, image_id: int = 1) -> Sample
 
 def test_collate_pads_at_the_right_and_the_bottom() -> None:
     samples = [sample(33, 20, 2, image_id=-(2**63)), sample(10, 64, 0, image_id=2**63 - 1), sample(5, 7, 3)]
+    samples[1] = replace(samples[1], seed=2**63 - 1)
     batch = collate(samples)
+    assert batch.seeds.tolist() == [0, 2**63 - 1, 0]
     assert batch.images.shape == (3, 3, 64, 64)
     assert batch.images.dtype == torch.uint8
     assert batch.sizes.tolist() == [[33, 20], [10, 64], [5, 7]]

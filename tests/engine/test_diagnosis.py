@@ -21,7 +21,12 @@ def failed(step: int, ids: list[int], *, width: float = 20.0, counts: bool = Tru
     )
     sizes = torch.full((n, 2), 64)
     batch = Batch(
-        images=torch.zeros(n, 3, 0, 0), sizes=sizes, targets=targets, image_ids=torch.tensor(ids), original_sizes=sizes
+        images=torch.zeros(n, 3, 0, 0),
+        sizes=sizes,
+        targets=targets,
+        image_ids=torch.tensor(ids),
+        original_sizes=sizes,
+        seeds=torch.zeros(n, dtype=torch.int64),
     )
     norms = {"total": math.nan, "backbone": math.nan}
     return FailedStep(

@@ -11,8 +11,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import timedelta
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +22,12 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
-from fpn_det.data.loader import TestSampler
+from fpn_det.data.coco import load_coco
+from fpn_det.data.loader import DetectionDataset, TestSampler, TrainSampler, make_loader
+from fpn_det.data.shapes import CATEGORIES, generate
+from fpn_det.data.transforms import TrainTransform
 from fpn_det.engine.coco_eval import read_ground_truth
 from fpn_det.engine.diagnosis import SkippedSteps
 from fpn_det.engine.distributed import STALLED_EXIT_CODE, Process, launched_process
@@ -29,6 +35,13 @@ from fpn_det.engine.evaluate import View, evaluate
 from fpn_det.engine.precision import loss_scaler
 from fpn_det.engine.runlog import RunLog
 from fpn_det.engine.train import train
+from fpn_det.models.anchors import Anchors
+from fpn_det.models.faster_rcnn import FasterRCNN
+from fpn_det.models.fpn import FPN
+from fpn_det.models.norms import Norm, SyncBatchNorm, conv_norm
+from fpn_det.models.roi_head import ConvFCHead, RoIHead
+from fpn_det.models.roi_pool import MultiLevelRoIAlign
+from fpn_det.models.rpn import RPN, RPNHead
 from fpn_det.structures import Batch, Categories, Detections, InputError, Targets
 
 ROOT = Path(__file__).parent.parent.parent
@@ -122,7 +135,8 @@ def numbers(values: list[float]) -> Batch:
     empty = Targets(boxes=torch.zeros(n, 0, 4), labels=torch.zeros(n, 0).long(), valid=torch.zeros(n, 0).bool())
     sizes = torch.ones(n, 2, dtype=torch.int64)
     images = torch.tensor(values).view(n, 1, 1, 1)
-    return Batch(images=images, sizes=sizes, targets=empty, image_ids=torch.arange(n), original_sizes=sizes)
+    ids = torch.arange(n)
+    return Batch(images=images, sizes=sizes, targets=empty, image_ids=ids, original_sizes=sizes, seeds=ids)
 
 
 def test_the_main_process_works_for_all_and_its_error_ends_all():
@@ -315,6 +329,207 @@ def test_every_image_goes_to_one_process(num_images, world_size):
     assert sorted(i for share in shares for i in share) == list(range(num_images))
 
 
+# The whole detector
+
+STEPS = 20
+
+
+class Body(nn.Module):
+    """Four strided convolutions with norms: quicker than any ResNet."""
+
+    strides, channels = (4, 8, 16, 32), (32, 32, 32, 32)
+
+    def __init__(self, norm: Norm) -> None:
+        super().__init__()
+        widths = (3, *self.channels)
+        self.stages = nn.ModuleList(
+            conv_norm(widths[i], widths[i + 1], 3, stride=4 if i == 0 else 2, norm=norm) for i in range(4)
+        )
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        features = []
+        for stage in self.stages:
+            images = stage(images).relu()
+            features.append(images)
+        return features
+
+
+def small_detector(norm: Norm) -> FasterRCNN:
+    """With `norm` in body, neck and box head. In double precision: else rounding decides near ties of proposals."""
+    torch.manual_seed(0)
+    body = Body(norm)
+    neck = FPN(in_channels=body.channels, channels=32, strides=body.strides, norm=norm)
+    anchors = Anchors(sizes=[(8,), (16,), (32,), (64,), (128,)], ratios=(0.5, 1, 2), strides=neck.strides)
+    box_head = ConvFCHead(in_channels=32, pool_size=7, num_convs=1, conv_channels=32, num_fcs=1, fc_dim=32, norm=norm)
+    return FasterRCNN(
+        backbone=body,
+        neck=neck,
+        rpn=RPN(
+            head=RPNHead(in_channels=32, num_anchors=3),
+            anchors=anchors,
+            num_samples=32,
+            post_nms_top_k_train=32,
+            nms_thresh=0.3,
+            min_size=12,  # leaves fewer proposals than there are to be samples, in some images
+        ),
+        roi_head=RoIHead(
+            pooler=MultiLevelRoIAlign(strides=neck.roi_strides, canonical_size=56),
+            box_head=box_head,
+            num_classes=len(CATEGORIES),
+            num_samples=32,
+        ),
+        pixel_mean=(123.675, 116.28, 103.53),
+        pixel_std=(58.395, 57.12, 57.375),
+    ).double()
+
+
+class Curve(RunLog):
+    """Keeps the scalars of each step."""
+
+    def __init__(self) -> None:
+        super().__init__(None, start_step=0, num_steps=STEPS)
+        self.steps: list[dict[str, float]] = []
+
+    def training(self, step: int, scalars: Mapping[str, float], *, eta: str) -> None:
+        # The norm of the gradient is that of the main process' average, the same for all.
+        self.steps.append({k: v for k, v in scalars.items() if k.startswith("train/") and k != "train/lr"})
+
+
+@pytest.fixture(scope="module")
+def many_shapes(tmp_path_factory) -> Path:
+    """128 images that all are padded to 64 x 64: so many that none comes twice in `STEPS` steps of 4."""
+    folder = tmp_path_factory.mktemp("many_shapes")
+    generate(folder, num_train=128, num_val=1, size=64)
+    return folder
+
+
+@pytest.fixture
+def one_sided(many_shapes, tmp_path) -> Path:
+    """Annotations by which all images of the second process, the later half of each step, are without objects."""
+    data = load_coco(many_shapes / "annotations/train.json", many_shapes / "train")
+    steps = islice(TrainSampler(data.sizes, batch_size=4, seed=0), STEPS)
+    bare = {int(data.image_ids[index]) for keys in steps for index, _ in keys[2:]}
+    truth = json.loads((many_shapes / "annotations/train.json").read_text())
+    truth["annotations"] = [a for a in truth["annotations"] if a["image_id"] not in bare]
+    (tmp_path / "train.json").write_text(json.dumps(truth))
+    return tmp_path / "train.json"
+
+
+def training_of(
+    annotations: Path, norm: Norm, process: Process, *, images: Path, accumulate: int = 1
+) -> tuple[list[dict[str, float]], dict[str, list[float]]]:
+    """The scalars of each step; mean and norm of all weights and statistics in the end."""
+    data = load_coco(annotations, images)
+    share = {"rank": process.rank, "world_size": process.world_size, "accumulate": accumulate}
+    sampler = TrainSampler(data.sizes, batch_size=4, seed=0, **share)
+    transform = TrainTransform(short_sides=[64], long_side=64)
+    model = small_detector(norm)
+    curve = Curve()
+    train(
+        model,
+        make_loader(DetectionDataset(data, transform), sampler, num_workers=0, pin_memory=False),  # type: ignore[arg-type]
+        optimizer=torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9),
+        scaler=loss_scaler(process.device, "fp32"),
+        lr_at=lambda step: 0.02,
+        start_step=0,
+        num_steps=STEPS,
+        seed=0,
+        process=process,
+        log=curve,
+        skipped=SkippedSteps(limit=0),
+        save=lambda step: None,
+        evaluate=lambda step: None,
+        accumulate=accumulate,
+        log_every=1,
+    )
+    state = {name: value.double() for name, value in model.state_dict().items()}
+    return curve.steps, {name: [float(value.mean()), float(value.norm())] for name, value in state.items()}
+
+
+def check_same_training(annotations: Path, norm: Norm, shares: list[tuple[int, int]], *, images: Path) -> None:
+    """Shared out among (processes, micro-batches) in each of these ways, losses and weights are those of one."""
+
+    def work(process: Process, accumulate: int = 1) -> tuple[list[dict[str, float]], dict[str, list[float]]]:
+        return training_of(annotations, norm, process, images=images, accumulate=accumulate)
+
+    steps, weights = work(Process())
+    assert steps[-1]["train/loss"] < 0.8 * steps[0]["train/loss"]
+    for world_size, accumulate in shares:
+        share = partial(work, accumulate=accumulate)
+        for other_steps, other_weights in in_two_processes(share) if world_size == 2 else [share(Process())]:
+            for ours, others in zip(steps, other_steps, strict=True):
+                assert others == pytest.approx(ours, rel=1e-5), (world_size, accumulate)
+            for name, values in weights.items():
+                assert other_weights[name] == pytest.approx(values, rel=1e-5, abs=1e-7), (world_size, accumulate, name)
+
+
+def test_a_detector_trains_alike_however_its_steps_are_shared_out(many_shapes):
+    images, annotations = many_shapes / "train", many_shapes / "annotations/train.json"
+    check_same_training(annotations, "gn", [(1, 2), (2, 1), (2, 2)], images=images)
+
+
+def test_images_without_objects_in_one_process_only(many_shapes, one_sided):
+    """No process waits for a gradient that another does not have."""
+    data = load_coco(one_sided, many_shapes / "train")
+    for rank in (0, 1):
+        keys = islice(TrainSampler(data.sizes, batch_size=4, seed=0, rank=rank, world_size=2), STEPS)
+        counts = [len(data.targets(index)[0]) for step in keys for index, _ in step]
+        assert len(counts) == 2 * STEPS
+        assert (sum(counts) > STEPS) == (rank == 0)
+        assert any(counts) == (rank == 0)
+    check_same_training(one_sided, "gn", [(2, 1), (2, 2)], images=many_shapes / "train")
+
+
+def test_sync_bn_trains_in_two_processes_as_in_one(many_shapes, one_sided):
+    """Running statistics included, and with images without objects in one process only."""
+    check_same_training(one_sided, "sync_bn", [(2, 1)], images=many_shapes / "train")
+
+
+def test_batch_norm_does_not(many_shapes, one_sided):
+    """What the tests above would see."""
+    with pytest.raises(AssertionError, match="comparison failed"):
+        check_same_training(one_sided, "bn", [(2, 1)], images=many_shapes / "train")
+
+
+@pytest.mark.parametrize("split", [2, 3, 4], ids=["even", "uneven", "one without input"])
+def test_sync_bn_is_batch_norm_of_the_inputs_of_all_processes(split: int):
+    """Outputs, gradients of inputs and weights, statistics; also far from 0."""
+    torch.manual_seed(0)
+    x = torch.randn(2, 4, 3, 5, 6) + torch.tensor([0.0, 10, -3]).view(3, 1, 1)
+    factor = torch.randn(2, 4, 3, 5, 6)
+
+    def passes(norm: nn.Module, share: slice) -> list[list[float]]:
+        found = []
+        for step in (0, 1):
+            own = x[step, share].clone().requires_grad_()
+            norm.zero_grad()
+            out = norm(own)
+            (out * factor[step, share]).sum().backward()
+            found += [out, own.grad, *(p.grad for p in norm.parameters())]
+        found += list(norm.buffers())
+        return [value.double().flatten().tolist() for value in found]
+
+    def prepared(norm: nn.BatchNorm2d) -> nn.BatchNorm2d:
+        with torch.no_grad():
+            norm.weight.copy_(torch.tensor([0.5, 2.0, -1.0]))
+            norm.bias.copy_(torch.tensor([1.0, 0.0, 3.0]))
+        return norm
+
+    def work(process: Process) -> list[list[float]]:
+        norm = DistributedDataParallel(prepared(SyncBatchNorm(3)), broadcast_buffers=False)
+        return passes(norm, slice(0, split) if process.rank == 0 else slice(split, 4))
+
+    first, second = in_two_processes(work)
+    expected = passes(prepared(nn.BatchNorm2d(3)), slice(0, 4))
+    for i, (a, b, whole) in enumerate(zip(first, second, expected, strict=True)):
+        if i in (0, 1, 4, 5):  # of the inputs: a share each
+            assert a + b == pytest.approx(whole, rel=1e-4, abs=1e-5)
+        else:  # gradients of the weights are the mean over the processes, so half of the sum
+            scale = 2 if i < 8 else 1
+            assert a == b
+            assert [scale * v for v in a] == pytest.approx(whole, rel=1e-5, abs=1e-5)
+
+
 class Finder:
     """A detector that finds one box in every image, scored by the image's id."""
 
@@ -337,7 +552,13 @@ def find(process: Process, annotations: Path, batches: list[list[int]]) -> tuple
     sizes = {"sizes": torch.full((1, 2), 32), "original_sizes": torch.full((1, 2), 32)}
     empty = Targets(boxes=torch.zeros(1, 0, 4), labels=torch.zeros(1, 0).long(), valid=torch.zeros(1, 0).bool())
     own = [
-        Batch(images=torch.zeros(1, 3, 32, 32), image_ids=torch.tensor([i]), targets=empty, **sizes)
+        Batch(
+            images=torch.zeros(1, 3, 32, 32),
+            image_ids=torch.tensor([i]),
+            targets=empty,
+            seeds=torch.tensor([0]),
+            **sizes,
+        )
         for share in batches[process.rank :: process.world_size]
         for i in share
     ]

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from fpn_det.engine.optim import lr_factor, make_optimizer, scaled_lr
+from fpn_det.models.norms import SyncBatchNorm
 
 COCO_1X = {
     "num_steps": 90_000,
@@ -64,7 +65,7 @@ def test_lr_scales_with_the_batch():
 @pytest.mark.parametrize(("kind", "cls"), [("sgd", torch.optim.SGD), ("adamw", torch.optim.AdamW)])
 def test_groups(kind, cls):
     conv, frozen = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1)
-    norms = [nn.BatchNorm2d(4), nn.SyncBatchNorm(4), nn.GroupNorm(2, 4), nn.LayerNorm(4)]
+    norms = [nn.BatchNorm2d(4), SyncBatchNorm(4), nn.GroupNorm(2, 4), nn.LayerNorm(4)]
     frozen.requires_grad_(False)
     norms[0].weight.requires_grad_(False)
     model = nn.Sequential(conv, frozen, nn.Sequential(*norms))

@@ -49,7 +49,8 @@ def batch_of(ids: list[int]) -> Batch:
         valid=torch.zeros(len(ids), 0, dtype=torch.bool),
     )
     sizes = torch.full((len(ids), 2), 2)
-    return Batch(images=images, sizes=sizes, targets=empty, image_ids=torch.tensor(ids), original_sizes=sizes)
+    numbers = torch.tensor(ids)
+    return Batch(images=images, sizes=sizes, targets=empty, image_ids=numbers, original_sizes=sizes, seeds=numbers)
 
 
 def stream(size: int, start: int = 0) -> Iterator[Batch]:

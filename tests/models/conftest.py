@@ -61,6 +61,7 @@ def make_batch() -> Callable[..., Batch]:
             targets=pad_targets(boxes, labels),
             image_ids=torch.arange(len(sizes)),
             original_sizes=torch.tensor(sizes),
+            seeds=torch.arange(len(sizes)),
         )
 
     return make

@@ -16,6 +16,7 @@ from torchvision.ops import FrozenBatchNorm2d
 
 from fpn_det.models import backbone
 from fpn_det.models.backbone import BODIES, Layer4, ResNet, read_classifier
+from fpn_det.models.norms import SyncBatchNorm
 from fpn_det.models.roi_head import Res5Head
 from fpn_det.structures import InputError
 
@@ -181,7 +182,7 @@ def test_layer4_refuses_what_does_not_fit(classifier: dict[str, torch.Tensor]) -
     [
         ("frozen_bn", FrozenBatchNorm2d),
         ("bn", nn.BatchNorm2d),
-        ("sync_bn", nn.SyncBatchNorm),
+        ("sync_bn", SyncBatchNorm),
         ("gn", nn.GroupNorm),
     ],
 )

@@ -13,6 +13,7 @@ K = 3
 IOUS = (0.5, 0.6, 0.7)
 BOX_WEIGHTS = ((10.0, 10.0, 5.0, 5.0), (20.0, 20.0, 10.0, 10.0), (30.0, 30.0, 15.0, 15.0))
 SIZES = torch.tensor([[100, 150]])
+SEEDS = torch.tensor([3, 4])
 
 
 class Scripted(RoIHead):
@@ -59,7 +60,7 @@ def test_each_stage_matches_what_it_was_given(make_targets) -> None:
     """A proposal of IoU 0.55 that stage 1 refines to 0.65: positive for 0.5 and 0.6, not for 0.7."""
     gt, proposal, refined = [0.0, 0, 100, 100], [0.0, 0, 100, 55], [0.0, 0, 100, 65]
     head = scripted(refined, None, None)
-    _, stats = head.losses([], propose(proposal), make_targets([[gt]], [[1]]), SIZES)
+    _, stats = head.losses([], propose(proposal), make_targets([[gt]], [[1]]), SIZES, SEEDS[:1])
     # Two samples, since the ground truth itself is one: of stage 1 alone, which moves it too.
     assert {k: v.item() for k, v in stats.items()} == {
         "roi_positives_1": 2,
@@ -76,7 +77,7 @@ def test_each_stage_matches_what_it_was_given(make_targets) -> None:
 
 def test_each_stage_trains_only_itself(make_targets) -> None:
     head = scripted([0.0, 0, 100, 65], [0.0, 0, 100, 90], None)
-    losses, _ = head.losses([], propose([0.0, 0, 100, 55]), make_targets([[[0, 0, 100, 100]]], [[1]]), SIZES)
+    losses, _ = head.losses([], propose([0.0, 0, 100, 55]), make_targets([[[0, 0, 100, 100]]], [[1]]), SIZES, SEEDS[:1])
     (losses["roi_class_3"] + losses["roi_box_3"]).backward()
     assert [stage.bias.grad is not None for stage in head.heads] == [False, False, True]
 
@@ -84,8 +85,8 @@ def test_each_stage_trains_only_itself(make_targets) -> None:
 def test_targets_of_a_later_stage_by_hand(make_targets) -> None:
     """From the refined box to the ground truth, times the weights of the stage."""
     gt, refined = [10.0, 10, 90, 90], [10.0, 10, 90, 70]  # IoU 0.75
-    head = scripted(refined, None, None)
-    losses, _ = head.losses([], propose([10.0, 10, 90, 60]), make_targets([[gt]], [[1]]), SIZES)
+    head = scripted(refined, None, None, num_samples=2, positive_fraction=1.0)
+    losses, _ = head.losses([], propose([10.0, 10, 90, 60]), make_targets([[gt]], [[1]]), SIZES, SEEDS[:1])
     dy, dh = 10 / 60, torch.tensor(80 / 60).log().item()
     for stage, (_, wy, _, wh) in ((2, BOX_WEIGHTS[1]), (3, BOX_WEIGHTS[2])):
         assert losses[f"roi_box_{stage}"].item() == pytest.approx(wy * dy + wh * dh, rel=1e-5)
@@ -104,7 +105,7 @@ def test_class_specific_refinement_follows_the_likeliest_class(make_targets) -> 
 
     head = cascade(Both(class_agnostic=False), Both(class_agnostic=False))
     targets = make_targets([[]], [[]])
-    head.losses([], propose([20.0, 20, 60, 40]), targets, SIZES)
+    head.losses([], propose([20.0, 20, 60, 40]), targets, SIZES, SEEDS[:1])
     assert head.heads[1].seen[0].tolist() == [[[40, 20, 80, 40]]]
     head.predict([], propose([20.0, 20, 60, 40]), SIZES)
     assert head.heads[1].seen[1].tolist() == [[[40, 20, 80, 40]]]
@@ -115,7 +116,7 @@ def test_boxes_that_leave_the_image_do_not_train_the_next_stage(make_targets) ->
     logits = torch.tensor([[[0.0, 0, 0, 2.0], [0.0, 0, 0, 2.0]]])
     head = cascade(Scripted(target=[200.0, 20, 240, 40]), Scripted(logits=logits))
     gt = [[0.0, 0, 50, 50]]
-    losses, stats = head.losses([], propose([0.0, 0, 40, 50]), make_targets([gt], [[1]]), SIZES)
+    losses, stats = head.losses([], propose([0.0, 0, 40, 50]), make_targets([gt], [[1]]), SIZES, SEEDS[:1])
     assert stats["roi_positives_1"] == 2
     assert stats["roi_positives_2"] == 0
     assert losses["roi_class_1"] > 0
@@ -193,8 +194,7 @@ def test_one_stage_is_the_plain_head(scene, agnostic: bool) -> None:
     stage.load_state_dict(plain.state_dict())
     runs = []
     for head in (plain, cascade(stage)):
-        torch.manual_seed(1)
-        runs.append(head.losses(features, proposals, targets, sizes))
+        runs.append(head.losses(features, proposals, targets, sizes, SEEDS))
     (losses, stats), (cascade_losses, cascade_stats) = runs
     assert all(loss > 0 for loss in losses.values())
     assert cascade_losses == {f"{name}_1": loss for name, loss in losses.items()}
@@ -211,8 +211,7 @@ def test_loss_weights(scene) -> None:
     stages = [real_stage(positive_iou=iou) for iou in IOUS]
     runs = []
     for weights in ((1.0, 1.0, 1.0), (1.0, 0.5, 0.25)):
-        torch.manual_seed(1)
-        losses, _ = cascade(*stages, loss_weights=weights).losses(features, proposals, targets, sizes)
+        losses, _ = cascade(*stages, loss_weights=weights).losses(features, proposals, targets, sizes, SEEDS)
         assert losses.keys() == {f"roi_{x}_{i}" for x in ("class", "box") for i in (1, 2, 3)}
         runs.append(losses)
     for i, weight in enumerate((1.0, 0.5, 0.25), start=1):
@@ -233,7 +232,7 @@ def test_no_objects_or_no_proposals(scene, make_targets, count: int) -> None:
     head = cascade(*(real_stage(positive_iou=iou) for iou in IOUS))
     boxes = torch.tensor([[[10.0, 10, 50, 50]]] * 2)[:, :count]
     proposals = Proposals(boxes=boxes, scores=boxes[..., 0], valid=torch.ones(2, count, dtype=torch.bool))
-    losses, stats = head.losses(features, proposals, make_targets([[], []], [[], []]), sizes)
+    losses, stats = head.losses(features, proposals, make_targets([[], []], [[], []]), sizes, SEEDS)
     torch.stack(list(losses.values())).sum().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in head.parameters())
     assert all(stat == 0 for stat in stats.values())
@@ -247,6 +246,6 @@ def test_a_diverged_stage_does_not_break_the_next(scene) -> None:
     features, proposals, targets, sizes = scene
     head = cascade(real_stage(), real_stage())
     nn.init.constant_(head.heads[0].box_deltas.bias, torch.nan)
-    losses, _ = head.losses(features, proposals, targets, sizes)
+    losses, _ = head.losses(features, proposals, targets, sizes, SEEDS)
     assert losses["roi_box_1"].isnan()
     assert [len(d) for d in head.predict(features, proposals, sizes)] == [0, 0]

@@ -4,10 +4,13 @@ import dataclasses
 import pytest
 import torch
 
+from fpn_det.models import roi_head as roi_head_module
+from fpn_det.models import rpn as rpn_module
 from fpn_det.models.backbone import ResNet
 from fpn_det.models.faster_rcnn import FasterRCNN, FastRCNN, ProposalNetwork
+from fpn_det.models.matching import noise
 from fpn_det.models.roi_head import CascadeRoIHead, RoIHead
-from fpn_det.structures import Batch, Detections, Proposals
+from fpn_det.structures import Batch, Detections, Proposals, Targets
 
 SIZES = [(60, 90), (49, 70)]
 BOXES = [[[5, 5, 40, 45], [50, 10, 85, 30]], [[10, 8, 60, 40]]]
@@ -125,13 +128,50 @@ def test_loss_falls_on_one_batch(make_model, batch: Batch, change) -> None:
     assert sum(history[-3:]) < 0.6 * sum(history[:3])
 
 
-def test_same_seed_same_losses(make_model, batch: Batch) -> None:
-    model = make_model()
-    runs = []
-    for _ in range(2):
-        torch.manual_seed(3)
-        runs.append(model(batch)[0])
-    assert all(torch.equal(runs[0][name], runs[1][name]) for name in LOSSES)
+def test_seeds_alone_choose_the_samples(make_model, batch: Batch) -> None:
+    """Not the generator, of which no number is drawn."""
+    model = make_model(roi={"num_samples": 16})
+    torch.manual_seed(3)
+    state = torch.get_rng_state()
+    losses, _ = model(batch)
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(4)
+    assert model(batch)[0] == losses
+    others = model(dataclasses.replace(batch, seeds=batch.seeds + 9))[0]
+    assert all(others[name] != losses[name] for name in ("rpn_objectness", "roi_class"))
+
+
+@pytest.mark.parametrize("change", [lambda model: model, with_cascade], ids=["plain", "cascade"])
+def test_losses_are_the_mean_over_the_images(make_model, make_batch, change) -> None:
+    """Of any images of one padded size, on their own; gradients too. The RoIs of the second are fewer than wanted."""
+    model = change(make_model())
+    boxes = [BOXES[0], [[2, 3, 20, 15]], []]
+    batch = make_batch([(64, 96), (16, 24), (64, 96)], boxes, [*LABELS, []])
+    whole, _ = model(batch)
+    total(whole).backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    for i in range(3):
+        own = slice(i, i + 1)
+        count = int(batch.targets.valid[i].sum())
+        targets = Targets(**{f.name: getattr(batch.targets, f.name)[own, :count] for f in dataclasses.fields(Targets)})
+        others = ("images", "sizes", "image_ids", "original_sizes", "seeds")
+        alone, _ = model(Batch(targets=targets, **{name: getattr(batch, name)[own] for name in others}))
+        whole = {name: loss - alone[name].detach() / 3 for name, loss in whole.items()}
+        (total(alone) / 3).backward()
+    assert all(abs(rest) < 1e-6 for rest in whole.values())
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, gradients[name], rtol=1e-4, atol=1e-6)
+
+
+def test_each_stage_draws_for_itself(make_model, batch: Batch, monkeypatch: pytest.MonkeyPatch) -> None:
+    salts = []
+    for module in (rpn_module, roi_head_module):
+        monkeypatch.setattr(
+            module, "noise", lambda seeds, num, salt: salts.append(salt) or noise(seeds, num, salt=salt)
+        )
+    make_model()(batch)
+    assert len(salts) == len(set(salts)) == 3
 
 
 def test_bfloat16_autocast_keeps_boxes_and_losses_in_float32(make_model, batch: Batch) -> None:
@@ -149,7 +189,6 @@ def test_bfloat16_autocast_keeps_boxes_and_losses_in_float32(make_model, batch: 
     assert all(d.boxes.dtype == d.scores.dtype == torch.float32 for d in detections)
     total(losses).backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
-    torch.manual_seed(5)
     exact, _ = model(batch)
     for name in LOSSES:
         assert losses[name].item() == pytest.approx(exact[name].item(), rel=0.2)
@@ -231,11 +270,7 @@ def test_proposal_network_is_the_first_stage(detector: FasterRCNN, batch: Batch)
     assert proposals.scores[0, 0] > proposals.scores[0, 59] + 0.05
     assert equal(proposals, detector.propose(batch))
     assert equal(proposals, detector.rpn.predict(detector.features(batch), batch.sizes))
-    runs = []
-    for model in (rpn.train(), detector.train()):
-        torch.manual_seed(2)
-        runs.append(model(batch))
-    (losses, stats), (their_losses, their_stats) = runs
+    (losses, stats), (their_losses, their_stats) = (model.train()(batch) for model in (rpn, detector))
     assert losses == {k: v for k, v in their_losses.items() if k.startswith("rpn_")}
     assert stats == {k: v for k, v in their_stats.items() if k.startswith("rpn_")}
     assert losses.keys() | stats.keys() == {"rpn_objectness", "rpn_box", "rpn_positives"}

@@ -2,6 +2,7 @@
 
 from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -10,7 +11,7 @@ from torch import Tensor
 from torchvision.ops import box_iou
 
 from fpn_det.models import matching
-from fpn_det.models.matching import match, pairwise_iou, sample
+from fpn_det.models.matching import ANCHORS, GROUND_TRUTH, PROPOSALS, match, noise, pairwise_iou, sample
 from fpn_det.structures import Targets
 
 Box = tuple[int, int, int, int]
@@ -170,10 +171,11 @@ def masks(draw: st.DrawFn) -> tuple[Tensor, Tensor]:
 
 
 @settings(max_examples=150, deadline=None)
-@given(masks(), st.integers(1, 15), st.sampled_from([0.0, 0.25, 0.5, 1.0]))
-def test_sample_takes_what_there_is(pair: tuple[Tensor, Tensor], num: int, fraction: float) -> None:
+@given(masks(), st.integers(1, 15), st.sampled_from([0.0, 0.25, 0.5, 1.0]), st.integers(0, 2**63 - 1))
+def test_sample_takes_what_there_is(pair: tuple[Tensor, Tensor], num: int, fraction: float, seed: int) -> None:
     positive, negative = pair
-    index, is_positive, valid = sample(positive, negative, num=num, positive_fraction=fraction)
+    draws = noise(torch.full((len(positive),), seed), positive.shape[1], salt=ANCHORS)
+    index, is_positive, valid = sample(positive, negative, draws, num=num, positive_fraction=fraction)
     assert index.shape == is_positive.shape == valid.shape == (len(positive), min(num, positive.shape[1]))
     for i in range(len(positive)):
         num_positive = min(int(positive[i].sum()), int(num * fraction))
@@ -188,14 +190,86 @@ def test_sample_takes_what_there_is(pair: tuple[Tensor, Tensor], num: int, fract
         assert valid[i].tolist() == [j < len(chosen) for j in range(index.shape[1])]
 
 
-def test_sample_is_uniform() -> None:
-    """2 of 8 positives and 6 of 24 negatives: each is taken a quarter of the time."""
-    torch.manual_seed(0)
-    rounds = 4000
+@pytest.mark.parametrize("low", [0.0, 1.0])
+def test_the_extremes_of_noise_count(low: float) -> None:
+    """0 and 1 themselves are numbers like others."""
+    draws = torch.tensor([[low, 1 - low, low, 1 - low]])
+    positive = torch.tensor([[True, True, False, False]])
+    index, is_positive, valid = sample(positive, ~positive, draws, num=4, positive_fraction=0.5)
+    assert sorted(index[0, :2].tolist()) == [0, 1]
+    assert is_positive.tolist() == [[True, True, False, False]]
+    assert valid.all()
+
+
+def seeds_of_a_run(count: int) -> Tensor:
+    """As the sampler of images draws them."""
+    state = np.random.SeedSequence(5).generate_state(count, np.uint64) >> np.uint64(1)
+    return torch.from_numpy(state.astype(np.int64))
+
+
+@pytest.mark.parametrize("seeds", [seeds_of_a_run(4000), torch.arange(4000)], ids=["random", "consecutive"])
+def test_sample_is_uniform(seeds: Tensor) -> None:
+    """2 of 8 positives and 6 of 24 negatives: each is taken a quarter of the time, and each pair as often as chance."""
+    rounds = len(seeds)
     kind = (torch.arange(36) % 9).expand(rounds, -1)  # 0, 1: positive; 2..7: negative; 8: ignored
-    index, _, valid = sample(kind < 2, (kind >= 2) & (kind < 8), num=8, positive_fraction=0.25)
+    index, _, valid = sample(
+        kind < 2, (kind >= 2) & (kind < 8), noise(seeds, 36, salt=ANCHORS), num=8, positive_fraction=0.25
+    )
     assert valid.all()
     share = index.flatten().bincount(minlength=36) / rounds
     assert not share[kind[0] == 8].any()
     deviation = 5 * (0.25 * 0.75 / rounds) ** 0.5
     assert (share[kind[0] < 8] - 0.25).abs().max() < deviation
+    taken = torch.zeros(rounds, 36).scatter_(1, index, 1.0)
+    together = (taken.T @ taken / rounds)[kind[0] < 2][:, kind[0] < 2].fill_diagonal_(1 / 28)
+    assert (together - 1 / 28).abs().max() < 5 * (1 / 28 / rounds) ** 0.5
+
+
+def reference_noise(seed: int, position: int, salt: int) -> float:
+    """In whole numbers: `lowbias32` of position and key, the key that of salt, lower and upper half of the seed."""
+
+    def mix(x: int) -> int:
+        for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
+            x = (x ^ x >> shift) * factor % 2**32
+        return x ^ x >> 16
+
+    key = mix(mix(mix(salt) ^ seed % 2**32) ^ seed >> 32)
+    return (mix(mix(position) ^ key) % 2**31) / 2**31
+
+
+def test_noise_is_the_hash() -> None:
+    seeds = [0, 1, 2**31, 2**32 + 5, 2**63 - 1, 0x123456789ABCDEF0]
+    for salt in (ANCHORS, PROPOSALS, GROUND_TRUTH):
+        expected = [[reference_noise(seed, position, salt) for position in range(50)] for seed in seeds]
+        torch.testing.assert_close(noise(torch.tensor(seeds), 50, salt=salt), torch.tensor(expected), rtol=0, atol=1e-7)
+
+
+def test_noise_does_not_depend_on_company() -> None:
+    """The other images of the batch, the number of boxes, the generator."""
+    seeds = seeds_of_a_run(8)
+    whole = noise(seeds, 1000, salt=ANCHORS)
+    assert torch.equal(noise(seeds.flip(0), 1000, salt=ANCHORS).flip(0), whole)
+    assert torch.equal(noise(seeds[3:5], 1000, salt=ANCHORS), whole[3:5])
+    assert torch.equal(noise(seeds, 37, salt=ANCHORS), whole[:, :37])
+    assert noise(seeds, 0, salt=ANCHORS).shape == (8, 0)
+    assert noise(seeds[:0], 9, salt=ANCHORS).shape == (0, 9)
+    torch.manual_seed(1)
+    state = torch.get_rng_state()
+    noise(seeds, 10, salt=ANCHORS)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("seeds", [seeds_of_a_run(32), torch.arange(32)], ids=["random", "consecutive"])
+def test_noise_is_independent_between_images_and_stages(seeds: Tensor) -> None:
+    """Uniform in 64 bins (chi-squared), no correlation of any two rows, even shifted by one box; few ties."""
+    num = 20_000
+    rows = torch.cat([noise(seeds, num, salt=salt) for salt in (ANCHORS, PROPOSALS, GROUND_TRUTH)])
+    assert 0 <= rows.min() < rows.max() <= 1
+    counts = torch.stack([(row * 64).long().clamp(max=63).bincount(minlength=64) for row in rows]).double()
+    chi_squared = ((counts - num / 64).square() / (num / 64)).sum(1)
+    assert chi_squared.max() < 63 + 5 * 126**0.5
+    assert (chi_squared.mean() - 63).abs() < 5 * (126 / len(rows)) ** 0.5
+    every = torch.cat([rows, rows.roll(1, dims=1)])
+    assert torch.corrcoef(every).fill_diagonal_(0).abs().max() < 5.5 / num**0.5
+    lowest = noise(seeds, 267_000, salt=ANCHORS).sort(dim=1).values[:, :256]  # what a step of COCO takes
+    assert lowest.diff().count_nonzero() == lowest.diff().numel()

@@ -1,4 +1,5 @@
 import math
+from dataclasses import fields
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from fpn_det.structures import Proposals, Targets
 K = 3
 WEIGHTS = (10.0, 10.0, 5.0, 5.0)
 SIZES = torch.tensor([[100, 150], [90, 60]])
+SEEDS = torch.tensor([3, 4])
 
 
 def make_head(**options) -> RoIHead:
@@ -116,7 +118,7 @@ def test_sample_labels_and_matches(make_targets) -> None:
     )  # IoU 0.90 with gt 0; 1/3; exactly 0.5 with gt 1; 0; 0.975 but padding
     valid = torch.tensor([[True, True, True, True, False]] * 2)
     targets = make_targets([gt, []], [[2, 1], []])
-    samples = head.sample(propose(boxes, valid), targets)
+    samples = head.sample(propose(boxes, valid), targets, SEEDS)
     assert samples.boxes.shape == (2, 7, 4)  # 5 proposals and 2 ground truths are fewer than 8
 
     found = {tuple(box): (label, tuple(match)) for box, label, match in zip(
@@ -146,7 +148,7 @@ def test_sample_fraction() -> None:
     box = torch.tensor([10.0, 10, 50, 50])
     boxes = torch.cat([box.expand(20, 4), torch.tensor([60.0, 60, 70, 70]).expand(20, 4)])[None]
     targets = Targets(boxes=box.view(1, 1, 4), labels=torch.tensor([[1]]), valid=torch.tensor([[True]]))
-    samples = head.sample(propose(boxes), targets)
+    samples = head.sample(propose(boxes), targets, SEEDS[:1])
     assert samples.valid.all()
     assert (samples.labels == 1).sum() == 4
     assert (samples.labels == K).sum() == 12
@@ -154,14 +156,33 @@ def test_sample_fraction() -> None:
 
 def test_sample_without_any_ground_truth_or_proposal(make_targets) -> None:
     head = make_head(num_samples=4)
-    samples = head.sample(propose(torch.rand(2, 6, 4)), make_targets([[], []], [[], []]))
+    samples = head.sample(propose(torch.rand(2, 6, 4)), make_targets([[], []], [[], []]), SEEDS)
     assert samples.valid.all()
     assert (samples.labels == K).all()
-    nothing = head.sample(propose(torch.zeros(2, 0, 4)), make_targets([[], []], [[], []]))
+    nothing = head.sample(propose(torch.zeros(2, 0, 4)), make_targets([[], []], [[], []]), SEEDS)
     assert nothing.boxes.shape == (2, 0, 4)
     logits, deltas = head([torch.randn(2, 4, 20, 20), torch.randn(2, 4, 10, 10)], nothing.boxes)
     losses = head.loss(logits, deltas, nothing)
     assert all(loss == 0 for loss in losses.values())
+
+
+@pytest.mark.parametrize("image", [0, 1])
+def test_samples_do_not_depend_on_the_other_images(make_targets, image: int) -> None:
+    """Neither on how many objects they have nor on how many proposals, which this image is padded to."""
+    head = make_head(num_samples=12, positive_fraction=0.5)
+    gt = [[[10.0 * i, 10, 10 * i + 9, 50] for i in range(count)] for count in (8, 10)]
+    labels = [[1] * 8, [2] * 10]
+    boxes = torch.tensor([0.0, 60, 50, 70]) + torch.rand(2, 40, 4) * 12  # background: all positives are ground truth
+    valid = torch.arange(40) < torch.tensor([[20], [40]])
+    whole = head.sample(propose(boxes, valid), make_targets(gt, labels), SEEDS)
+    assert whole.valid.all()
+    assert (whole.labels < K).sum(1).tolist() == [6, 6]
+    own = propose(boxes[image : image + 1, : int(valid[image].sum())])
+    targets, seeds = make_targets(gt[image : image + 1], labels[image : image + 1]), SEEDS[image : image + 1]
+    alone = head.sample(own, targets, seeds)
+    for field in fields(alone):
+        assert torch.equal(getattr(alone, field.name)[0], getattr(whole, field.name)[image])
+    assert not torch.equal(head.sample(own, targets, seeds + 1).boxes, alone.boxes)
 
 
 def one_positive() -> RoISamples:
@@ -177,7 +198,7 @@ def one_positive() -> RoISamples:
 @pytest.mark.parametrize("agnostic", [False, True])
 @pytest.mark.parametrize("beta", [0.0, 2.0])
 def test_loss_by_hand(agnostic: bool, beta: float) -> None:
-    head = make_head(smooth_l1_beta=beta, class_agnostic=agnostic)
+    head = make_head(smooth_l1_beta=beta, class_agnostic=agnostic, num_samples=4)
     logits = torch.tensor([[[0.0, 1, 2, 3], [1, 0, 0, 2], [0, 0, 0, 0], [9, 0, 0, 0]]], requires_grad=True)
     deltas = torch.full((1, 4, 1 if agnostic else K, 4), 7.0)
     deltas[0, 0, 0 if agnostic else 1] = torch.tensor([5.0, 2.0, 3.0, 0.5])
@@ -189,12 +210,12 @@ def test_loss_by_hand(agnostic: bool, beta: float) -> None:
 
     expected = (
         cross_entropy([0, 1, 2, 3], 1) + cross_entropy([1, 0, 0, 2], 3) + cross_entropy([0, 0, 0, 0], 3)
-    ) / 3  # three sampled RoIs
+    ) / 4  # RoIs that were wanted, not the three that there are
     assert losses["roi_class"].item() == pytest.approx(expected, rel=1e-5)
     # Centre (5, 10) -> (11, 14), size (10, 20) -> (20, 20): targets 10 * 0.6, 10 * 0.2, 5 * log 2, 0.
     target = [6.0, 2.0, 5 * math.log(2), 0.0]
     errors = [abs(p - t) for p, t in zip([5.0, 2.0, 3.0, 0.5], target, strict=True)]
-    expected = sum(e - 0.5 * beta if e >= beta else 0.5 * e**2 / beta for e in errors) / 3
+    expected = sum(e - 0.5 * beta if e >= beta else 0.5 * e**2 / beta for e in errors) / 4
     assert losses["roi_box"].item() == pytest.approx(expected, rel=1e-5)
 
     torch.stack(list(losses.values())).sum().backward()
@@ -212,19 +233,20 @@ def test_iou_loss_and_weight(agnostic: bool) -> None:
     """The RoI decoded with the deltas of its class, (10, 10, 5, 5) undone; the weight is the box loss's alone."""
     logits, deltas = torch.randn(1, 4, K + 1), torch.randn(1, 4, 1 if agnostic else K, 4)
     samples = one_positive()
-    head = make_head(box_loss="giou", class_agnostic=agnostic)
+    options = {"box_loss": "giou", "class_agnostic": agnostic, "num_samples": 4}
+    head = make_head(**options)
     losses = head.loss(logits, deltas, samples)
     pred = box_ops.decode(deltas[0, 0, 0 if agnostic else 1], samples.boxes[0, 0], WEIGHTS)
-    expected = generalized_box_iou_loss(pred, samples.gt_boxes[0, 0]) / 3
+    expected = generalized_box_iou_loss(pred, samples.gt_boxes[0, 0]) / 4
     torch.testing.assert_close(losses["roi_box"], expected)
-    weighted = make_head(box_loss="giou", class_agnostic=agnostic, box_loss_weight=10.0).loss(logits, deltas, samples)
+    weighted = make_head(**options, box_loss_weight=10.0).loss(logits, deltas, samples)
     torch.testing.assert_close(weighted["roi_box"], 10 * expected)
     assert torch.equal(weighted["roi_class"], losses["roi_class"])
 
 
 def test_background_rows() -> None:
     """All rows share the probability; those after the classes are background, the first of them the label K."""
-    head = make_head(background_rows=3)
+    head = make_head(background_rows=3, num_samples=4)
     assert head.class_logits.out_features == K + 3
     assert head.box_deltas.out_features == 4 * K
     logits = torch.randn(1, 4, K + 3)
@@ -233,7 +255,7 @@ def test_background_rows() -> None:
     torch.testing.assert_close(scores, logits.exp()[..., :K] / logits.exp().sum(-1, keepdim=True))
     assert not torch.allclose(scores, make_head().scores(logits[..., : K + 1]))
     loss = head.loss(logits, torch.zeros(1, 4, K, 4), one_positive())["roi_class"]
-    torch.testing.assert_close(loss, cross_entropy(logits[0, :3], torch.tensor([1, K, K])))
+    torch.testing.assert_close(loss, cross_entropy(logits[0, :3], torch.tensor([1, K, K]), reduction="sum") / 4)
 
 
 def test_background_rows_give_no_detections() -> None:
@@ -252,6 +274,25 @@ def test_predict_clamps_on_both_sides() -> None:
     expected = torch.tensor([[40 - 0.32, 30 - 0.16, 40 + 0.32, 30 + 0.16]])
     torch.testing.assert_close(both.boxes, expected, rtol=0, atol=1e-5)
     assert [len(d) for d in FixedHead(logits, deltas).predict([], propose(boxes), SIZES[:1])] == [0]
+
+
+def test_losses_add_up_over_images() -> None:
+    """Of two images that are alike in nothing, one of which has fewer RoIs than wanted: the mean of each alone."""
+    head = make_head(num_samples=6)
+    logits, deltas, samples = torch.randn(2, 4, K + 1), torch.randn(2, 4, K, 4), one_positive()
+    both = {
+        f.name: getattr(samples, f.name).repeat(2, *[1] * (getattr(samples, f.name).dim() - 1)) for f in fields(samples)
+    }
+    both["valid"][1, 1] = False
+    both["labels"][1, 0] = 2
+    losses = head.loss(logits, deltas, RoISamples(**both))
+    alone = [
+        head.loss(logits[i : i + 1], deltas[i : i + 1], RoISamples(**{k: v[i : i + 1] for k, v in both.items()}))
+        for i in (0, 1)
+    ]
+    for name, loss in losses.items():
+        assert alone[0][name] != alone[1][name]
+        torch.testing.assert_close(loss, (alone[0][name] + alone[1][name]) / 2)
 
 
 def test_loss_of_nothing_is_zero() -> None:

@@ -11,6 +11,7 @@ from fpn_det.models.rpn import RPN, AnchorSamples, RPNHead, UnsharedRPNHead
 
 SHAPES = [(8, 10), (4, 5)]
 SIZES = torch.tensor([[31, 37], [20, 40]])
+SEEDS = torch.tensor([3, 4])
 
 
 def make_rpn(**options) -> RPN:
@@ -104,11 +105,9 @@ def test_losses_are_those_of_the_outputs_of_all_anchors(make_targets) -> None:
     rpn = make_rpn(num_samples=40, positive_iou=0.4)
     features = [torch.randn(2, 4, *shape) for shape in SHAPES]
     targets = make_targets([[[4, 4, 22, 18]], [[3, 1, 30, 19]]], [[0], [1]])
-    torch.manual_seed(1)
-    losses, stats = rpn.losses(features, targets)
+    losses, stats = rpn.losses(features, targets, SEEDS)
     logits, deltas, anchors = rpn(features)
-    torch.manual_seed(1)
-    samples = rpn.sample(anchors, targets)
+    samples = rpn.sample(anchors, targets, SEEDS)
     expected = rpn.loss(*pick(logits, deltas, samples), samples)
     assert losses.keys() == expected.keys()
     for name, loss in losses.items():
@@ -145,7 +144,7 @@ def test_sample(make_targets) -> None:
     anchors = rpn.anchors(SHAPES)
     all_anchors = torch.cat(anchors)
     exact, thin = all_anchors[100].tolist(), [4.0, 4.0, 30.0, 6.0]
-    samples = rpn.sample(anchors, make_targets([[exact, thin], []], [[0, 1], []]))
+    samples = rpn.sample(anchors, make_targets([[exact, thin], []], [[0, 1], []]), SEEDS)
     assert samples.index.shape == (2, 10)
     assert samples.valid.all()
     assert not samples.is_positive[1].any()
@@ -169,7 +168,7 @@ def test_sample_thresholds(make_targets) -> None:
     """IoUs of the anchors 1 (its own), 0.6, 0.5 and 0.2 with the ground truth."""
     rpn = make_rpn(num_samples=4, positive_fraction=1.0, positive_iou=0.6, negative_iou=0.5)
     anchors = [torch.tensor([[0.0, 0, 10, 10], [0, 0, 10, 6], [0, 0, 10, 5], [0, 0, 10, 2]])]
-    samples = rpn.sample(anchors, make_targets([[[0, 0, 10, 10]]], [[0]]))
+    samples = rpn.sample(anchors, make_targets([[[0, 0, 10, 10]]], [[0]]), SEEDS[:1])
     assert sorted(samples.index[0][samples.is_positive[0]].tolist()) == [0, 1]  # positive_iou itself is positive
     assert samples.index[0][samples.valid[0] & ~samples.is_positive[0]].tolist() == [3]  # negative_iou itself is not
     assert samples.valid[0].tolist() == [True, True, True, False]
@@ -179,7 +178,7 @@ def test_anchors_beyond_the_image_take_part(make_targets) -> None:
     """One that reaches over the border is positive (IoU 9/11), one wholly outside negative (arXiv 1612.03144, 5.1)."""
     rpn = make_rpn(num_samples=2, positive_fraction=0.5)
     anchors = [torch.tensor([[-1.0, 0, 9, 10], [-30, -30, -10, -10]])]
-    samples = rpn.sample(anchors, make_targets([[[0, 0, 10, 10]]], [[0]]))
+    samples = rpn.sample(anchors, make_targets([[[0, 0, 10, 10]]], [[0]]), SEEDS[:1])
     assert samples.valid.all()
     assert samples.index[samples.is_positive].tolist() == [0]
     assert samples.index[~samples.is_positive].tolist() == [1]
@@ -188,14 +187,14 @@ def test_anchors_beyond_the_image_take_part(make_targets) -> None:
 def test_min_match_iou(make_targets) -> None:
     targets = make_targets([[[0, 0, 10, 2]]], [[0]])
     anchors = [torch.tensor([[0.0, 0, 10, 10], [50, 50, 60, 60]])]  # IoU 0.2 and 0
-    assert make_rpn(min_match_iou=0.2).sample(anchors, targets).is_positive.sum() == 1
-    assert make_rpn(min_match_iou=0.3).sample(anchors, targets).is_positive.sum() == 0
+    assert make_rpn(min_match_iou=0.2).sample(anchors, targets, SEEDS[:1]).is_positive.sum() == 1
+    assert make_rpn(min_match_iou=0.3).sample(anchors, targets, SEEDS[:1]).is_positive.sum() == 0
 
 
 def test_no_ground_truth_at_all(make_targets) -> None:
     rpn = make_rpn(num_samples=8)
     logits, deltas, anchors = outputs(rpn)
-    samples = rpn.sample(anchors, make_targets([[], []], [[], []]))
+    samples = rpn.sample(anchors, make_targets([[], []], [[], []]), SEEDS)
     assert samples.valid.all()
     assert not samples.is_positive.any()
     losses = rpn.loss(*pick(logits, deltas, samples), samples)
@@ -237,7 +236,7 @@ def test_iou_loss_and_weight(make_targets) -> None:
     """The anchors decoded with their deltas against the matched ground truth; the weight is the box loss's alone."""
     rpn = make_rpn(num_samples=40, positive_iou=0.4, box_loss="giou")
     logits, deltas, anchors = outputs(rpn)
-    samples = rpn.sample(anchors, make_targets([[[4, 4, 22, 18]], [[3, 1, 30, 19]]], [[0], [1]]))
+    samples = rpn.sample(anchors, make_targets([[[4, 4, 22, 18]], [[3, 1, 30, 19]]], [[0], [1]]), SEEDS)
     outputs_of_samples = pick(logits, deltas, samples)
     losses = rpn.loss(*outputs_of_samples, samples)
     positive = samples.is_positive
@@ -256,7 +255,7 @@ def test_every_box_loss_trains(make_targets, kind: str) -> None:
     logits, deltas, anchors = outputs(rpn)
     for delta in deltas:
         delta.requires_grad_()
-    samples = rpn.sample(anchors, make_targets([[torch.cat(anchors)[100].tolist()], []], [[0], []]))
+    samples = rpn.sample(anchors, make_targets([[torch.cat(anchors)[100].tolist()], []], [[0], []]), SEEDS)
     rpn.loss(*pick(logits, deltas, samples), samples)["rpn_box"].backward()
     grad = torch.cat([d.grad for d in deltas], dim=1)
     assert grad.isfinite().all()

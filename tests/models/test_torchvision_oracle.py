@@ -263,7 +263,9 @@ def choose(positive: Tensor, negative: Tensor, num: int, fraction: float) -> Ten
     return torch.cat([chosen, negative.nonzero().squeeze(1).flip(0)[: num - len(chosen)]])
 
 
-def our_sampler(positive: Tensor, negative: Tensor, *, num: int, positive_fraction: float) -> tuple[Tensor, ...]:
+def our_sampler(
+    positive: Tensor, negative: Tensor, noise: Tensor, *, num: int, positive_fraction: float
+) -> tuple[Tensor, ...]:
     index = torch.zeros(len(positive), num, dtype=torch.int64)
     is_positive, valid = torch.zeros_like(index, dtype=torch.bool), torch.zeros_like(index, dtype=torch.bool)
     for i in range(len(positive)):
@@ -280,6 +282,7 @@ class TheirSampler:
     def __init__(self, num: int, fraction: float) -> None:
         self.num, self.fraction = num, fraction
         self.positives: list[int] = []
+        self.count = 0
 
     def __call__(self, labels: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         masks: tuple[list[Tensor], list[Tensor]] = ([], [])
@@ -290,6 +293,7 @@ class TheirSampler:
             masks[0].append((positive & chosen).to(torch.uint8))
             masks[1].append((negative & chosen).to(torch.uint8))
         self.positives = [int(mask.sum()) for mask in masks[0]]
+        self.count = sum(self.positives) + sum(int(mask.sum()) for mask in masks[1])
         return masks
 
 
@@ -297,6 +301,7 @@ class TheirSampler:
 def test_losses_and_gradients(pair: Pair, monkeypatch: pytest.MonkeyPatch, roi_samples: int) -> None:
     """All of a training step but the random choice; "short" wants more RoIs than there are, so some are invalid.
 
+    The losses of the second stage are then divided by what was wanted here, by what there is in torchvision.
     In double precision: we fold frozen norms into convolutions, whose rounding else decides about ReLUs near 0.
     """
     pair.ours.double()
@@ -312,6 +317,10 @@ def test_losses_and_gradients(pair: Pair, monkeypatch: pytest.MonkeyPatch, roi_s
 
     losses, stats = pair.ours(pair.batch)
     their_losses = pair.theirs(pair.images, pair.targets)
+    share = roi_sampler.count / (roi_samples * 3)
+    assert (share == 1) == (roi_samples == 128)
+    for name in ("loss_classifier", "loss_box_reg"):
+        their_losses[name] = their_losses[name] * share
     assert stats["rpn_positives"] == sum(anchor_sampler.positives) / 3 > 1
     assert stats["roi_positives"] == sum(roi_sampler.positives) / 3 > 1
     assert losses.keys() == LOSS_NAMES.keys()
