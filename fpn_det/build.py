@@ -177,14 +177,20 @@ def build_val_loader(
 ) -> DataLoader[Sample]:
     """Batches of this process' share of the validation images, each image once over all processes.
 
-    What happens to the images is `transform`, by default `build_test_transform`.
+    What happens to the images is `transform`, by default `build_test_transform`. Images that cannot be read are blank
+    and named in `Batch.unreadable`.
     """
     process = process or Process()
     sampler = TestSampler(
         data.sizes, batch_size=config.eval.batch_size, rank=process.rank, world_size=process.world_size
     )
     return make_loader(
-        DetectionDataset(data, transform or build_test_transform(config), load_proposals(config.data.val.proposals)),
+        DetectionDataset(
+            data,
+            transform or build_test_transform(config),
+            load_proposals(config.data.val.proposals),
+            on_unreadable="blank",
+        ),
         sampler,
         num_workers=config.data.num_workers,
         pin_memory=process.device.type == "cuda",

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
 
+from fpn_det.data.loader import worker_errors
 from fpn_det.structures import InputError
 
 
@@ -27,7 +28,8 @@ def config_parser(description: str | None) -> argparse.ArgumentParser:
 def user_errors() -> Iterator[None]:
     """Exit with code 2 and one line on an `InputError` or a path that cannot be used, with 130 on Ctrl-C."""
     try:
-        yield
+        with worker_errors():
+            yield
     except InputError as error:
         # A loader worker's error arrives with the worker's traceback in front.
         _fail(str(error).rpartition("InputError: ")[2].strip())

@@ -10,7 +10,7 @@ Labels are class indices 0..K-1; the data set's own category ids appear only whe
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Self
 
 import torch
@@ -78,6 +78,7 @@ class Sample:
         original_size: (h, w) of the image file as a viewer shows it, before resizing.
         proposals: (P, 4) float32, in the frame of `image`, best first; None unless proposals are fixed (Fast R-CNN).
         proposal_scores: (P,) float32 in 0..1, along with `proposals`.
+        unreadable: ids of the images that could not be read and that this sample stands for.
     """
 
     image: Tensor
@@ -87,6 +88,7 @@ class Sample:
     original_size: tuple[int, int]
     proposals: Tensor | None = None
     proposal_scores: Tensor | None = None
+    unreadable: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,6 +118,8 @@ class Batch(_TensorFields):
         image_ids: (N,) int64, the data set's own ids.
         original_sizes: (N, 2) int64, (h, w) of the image files.
         proposals: fixed proposals (Fast R-CNN), padded to the batch's largest count; None where the model has an RPN.
+        unreadable: (M,) int64, ids of the images that could not be read, replaced or left blank; M is almost always 0.
+            Always on the CPU: whoever looks does not wait for a device.
     """
 
     images: Tensor
@@ -124,6 +128,11 @@ class Batch(_TensorFields):
     image_ids: Tensor
     original_sizes: Tensor
     proposals: Proposals | None = None
+    unreadable: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Self:
+        """Return a copy whose tensors, but for `unreadable`, lie on `device`."""
+        return replace(super().to(device, non_blocking), unreadable=self.unreadable)
 
 
 @dataclass(frozen=True, kw_only=True)
