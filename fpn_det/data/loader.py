@@ -340,13 +340,13 @@ class BatchLoader(DataLoader[Sample]):
         Raises:
             InputError: an image cannot be read, or a loader process died.
         """
-        with worker_errors():
+        with worker_errors(awaiting=True):
             return _naming_errors(super().__iter__())
 
 
 def _naming_errors(stream: Iterator[Any]) -> Iterator[Any]:
     while True:
-        with worker_errors():
+        with worker_errors(awaiting=True):
             batch = next(stream, None)
         if batch is None:
             return
@@ -354,21 +354,26 @@ def _naming_errors(stream: Iterator[Any]) -> Iterator[Any]:
 
 
 @contextmanager
-def worker_errors() -> Iterator[None]:
+def worker_errors(*, awaiting: bool = False) -> Iterator[None]:
     """Turn the death of a loader process into an InputError.
 
     torch notices it while a batch is awaited, or at any other moment by a signal: hence this should also surround
     what is done with the batches.
+
+    Args:
+        awaiting: a batch is awaited inside; then a broken connection is a loader process that died handing one over.
     """
     try:
         yield
-    except RuntimeError as error:
-        if not str(error).startswith("DataLoader worker"):
+    except (RuntimeError, ConnectionError, EOFError) as error:
+        is_death = str(error).startswith("DataLoader worker") if isinstance(error, RuntimeError) else awaiting
+        if not is_death:
             raise
+        reason = (str(error) or type(error).__name__).splitlines()[0].strip()
         raise InputError(
-            f"a process that loads images died ({str(error).splitlines()[0].strip()}). Mostly memory or "
-            "/dev/shm ran out: lower data.num_workers, or give the job more. If it happens again at the same step, an "
-            "image crashes its decoder: tools/check_data.py finds the file"
+            f"a process that loads images died ({reason}). Mostly memory or /dev/shm ran out: lower data.num_workers, "
+            "or give the job more. If it happens again at the same step, an image crashes its decoder: "
+            "tools/check_data.py finds the file"
         ) from error
 
 

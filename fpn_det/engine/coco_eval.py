@@ -343,7 +343,7 @@ def _unreadable_lines(metrics: Metrics | ProposalMetrics) -> list[str]:
     if not ids:
         return []
     shown = ", ".join(map(str, ids[:5])) + (", ..." if len(ids) > 5 else "")
-    return [f"{len(ids):,} images could not be read (ids {shown}): they count as images where nothing was found"]
+    return [f"images that could not be read, and count as if nothing was found there: {len(ids):,} (ids {shown})"]
 
 
 def read_ground_truth(path: Path) -> GroundTruth:

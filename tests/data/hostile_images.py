@@ -17,17 +17,19 @@ import sys
 import tempfile
 import traceback
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 from fpn_det.data.transforms import load_image
 from fpn_det.structures import InputError
 
 MAX_SECONDS = 60.0
-MAX_MEGABYTES = 2500
-"""More than any file of 89 million pixels takes."""
+MAX_MEGABYTES = 2000
+"""More than any file of 89 million pixels takes, see docs/images.md."""
 
 EDGES = (0, 1, 2, 0x7F, 0x80, 0xFF, 0x7FFF, 0x8000, 0xFFFF, 0x10000, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF)
 """Values at which sizes and offsets overflow."""
@@ -69,7 +71,7 @@ def _change_jpeg_header(data: bytearray, rng: random.Random) -> bytearray:
     return data
 
 
-def hostile_image(sources: Sequence[bytes], number: int) -> bytes:
+def hostile_image(number: int, sources: Sequence[bytes]) -> bytes:
     """Input `number`, made of one of `sources`; the same whenever it is asked for."""
     rng = random.Random(number)
     return damage(rng.choice(sources), rng)
@@ -88,39 +90,49 @@ class Report:
     failures: list[tuple[int, str]] = field(default_factory=list)
 
 
-def throw(sources: Sequence[bytes], *, first: int = 0, count: int, max_seconds: float = MAX_SECONDS) -> Report:
-    """Load inputs `first` to `first + count` in a process of its own, and in another one where that died.
+def throw(
+    make: Callable[[int], bytes],
+    numbers: range,
+    *,
+    max_seconds: float = MAX_SECONDS,
+    max_megabytes: float = MAX_MEGABYTES,
+) -> Report:
+    """Load inputs in a process of its own, and go on in another one where that died.
 
     Args:
-        sources: contents of image files.
-        first, count: which inputs.
+        make: the content of the file of each number.
+        numbers: which inputs, with a step of 1.
         max_seconds: an input that takes longer has failed.
+        max_megabytes: so has one that raises the peak of the memory by more.
     """
-    report, number, end = Report(), first, first + count
-    while number < end:
+    report, number = Report(), numbers.start
+    while number < numbers.stop:
         receiver, sender = multiprocessing.Pipe(duplex=False)
-        child = multiprocessing.get_context("fork").Process(target=_load_all, args=(sources, number, end, sender))
+        rest = range(number, numbers.stop)
+        child = multiprocessing.get_context("fork").Process(target=_load_all, args=(make, rest, max_megabytes, sender))
         child.start()
         sender.close()
-        problem = ""
-        while number < end and not problem:
-            if not receiver.poll(max_seconds):
-                problem = f"took more than {max_seconds:g} s"
-                break
-            try:
-                outcome = receiver.recv()
-            except EOFError:
-                child.join()
-                problem = f"the process ended with {child.exitcode}"
-                break
+        outcome = ""
+        while number < numbers.stop and outcome in ("", "decoded", "refused"):
+            outcome = _receive(receiver, max_seconds) or f"the process ended with {_exit_code(child)}"
             _note(report, number, outcome)
             number += 1
         child.kill()
         child.join()
-        if problem:
-            _note(report, number, problem)
-            number += 1
     return report
+
+
+def _receive(receiver: Connection, max_seconds: float) -> str:
+    """The next outcome; empty where the process died."""
+    try:
+        return receiver.recv() if receiver.poll(max_seconds) else f"took more than {max_seconds:g} s"
+    except EOFError:
+        return ""
+
+
+def _exit_code(child: BaseProcess) -> int | None:
+    child.join()
+    return child.exitcode
 
 
 def _note(report: Report, number: int, outcome: str) -> None:
@@ -131,13 +143,13 @@ def _note(report: Report, number: int, outcome: str) -> None:
         report.failures.append((number, outcome))
 
 
-def _load_all(sources: Sequence[bytes], first: int, end: int, sender: Connection) -> None:
+def _load_all(make: Callable[[int], bytes], numbers: range, max_megabytes: float, sender: Connection) -> None:
     """Send the outcome of each input; decoders written in C complain on a standard error that nobody reads."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "image"
-        for number in range(first, end):
-            path.write_bytes(hostile_image(sources, number))
+        for number in numbers:
+            path.write_bytes(make(number))
             before = _peak_megabytes()
             try:
                 image = load_image(path)
@@ -148,7 +160,7 @@ def _load_all(sources: Sequence[bytes], first: int, end: int, sender: Connection
                 outcome = "refused" if "\n" not in str(error) else f"more than one line: {error}"
             except BaseException:
                 outcome = traceback.format_exc()
-            if _peak_megabytes() - before > MAX_MEGABYTES:
+            if _peak_megabytes() - before > max_megabytes:
                 outcome = f"took {_peak_megabytes() - before:.0f} MB"
             sender.send(outcome)
 
@@ -164,7 +176,8 @@ def main() -> None:
     parser.add_argument("--first", type=int, default=0)
     parser.add_argument("--count", type=int, default=10_000)
     args = parser.parse_args()
-    report = throw([path.read_bytes() for path in args.files], first=args.first, count=args.count)
+    make = partial(hostile_image, sources=[path.read_bytes() for path in args.files])
+    report = throw(make, range(args.first, args.first + args.count))
     print(dict(report.outcomes))
     for number, problem in report.failures:
         print(f"{number}: {problem}")
