@@ -62,6 +62,7 @@ def ours(case: Case, device: torch.device, *, overrides: tuple[str, ...] = ()) -
             process=process,
             log=log,  # type: ignore[arg-type]
             skipped=SkippedSteps(limit=20),
+            note_unreadable=lambda image_ids: None,
             save=lambda step: None,
             evaluate=lambda step: None,
             precision="bf16" if case.precision == "bf16" else "fp32",

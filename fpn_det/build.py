@@ -165,7 +165,10 @@ def load_proposals(path: Path | None) -> FixedProposals | None:
 def build_train_loader(
     config: Config, data: CocoAnnotations, *, start_step: int = 0, process: Process | None = None
 ) -> DataLoader[Sample]:
-    """The endless stream of training batches of this process, from `start_step` on."""
+    """The endless stream of training batches of this process, from `start_step` on.
+
+    With `data.on_error: drop`, images that cannot be read are replaced and named in `Batch.unreadable`.
+    """
     process = process or Process()
     transform = TrainTransform(
         short_sides=config.data.short_sides,
@@ -191,7 +194,12 @@ def build_train_loader(
         group_by_aspect=config.data.group_by_aspect,
     )
     return make_loader(
-        DetectionDataset(data, transform, load_proposals(config.data.train.proposals)),
+        DetectionDataset(
+            data,
+            transform,
+            load_proposals(config.data.train.proposals),
+            on_unreadable="replace" if config.data.on_error == "drop" else "fail",
+        ),
         sampler,
         num_workers=config.data.num_workers,
         pin_memory=process.device.type == "cuda",
@@ -203,14 +211,20 @@ def build_val_loader(
 ) -> DataLoader[Sample]:
     """Batches of this process' share of the validation images, each image once over all processes.
 
-    What happens to the images is `transform`, by default `build_test_transform`.
+    What happens to the images is `transform`, by default `build_test_transform`. Images that cannot be read are blank
+    and named in `Batch.unreadable`.
     """
     process = process or Process()
     sampler = TestSampler(
         data.sizes, batch_size=config.eval.batch_size, rank=process.rank, world_size=process.world_size
     )
     return make_loader(
-        DetectionDataset(data, transform or build_test_transform(config), load_proposals(config.data.val.proposals)),
+        DetectionDataset(
+            data,
+            transform or build_test_transform(config),
+            load_proposals(config.data.val.proposals),
+            on_unreadable="blank",
+        ),
         sampler,
         num_workers=config.data.num_workers,
         pin_memory=process.device.type == "cuda",

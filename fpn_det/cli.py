@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn, TextIO
 
+from fpn_det.data.loader import worker_errors
 from fpn_det.structures import InputError, printable
 
 
@@ -44,7 +45,8 @@ def user_errors() -> Iterator[None]:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     try:
-        yield
+        with worker_errors():
+            yield
     except InputError as error:
         # A loader worker's error arrives with the worker's traceback in front.
         _fail(str(error).rpartition("InputError: ")[2].strip())

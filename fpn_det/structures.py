@@ -10,7 +10,7 @@ Labels are class indices 0..K-1; the data set's own category ids appear only whe
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Self
 
 import torch
@@ -104,6 +104,7 @@ class Sample:
         seed: of all that is random about this image in this step, 0..2**63-1; without effect on detection.
         proposals: (P, 4) float32, in the frame of `image`, best first; None unless proposals are fixed (Fast R-CNN).
         proposal_scores: (P,) float32 in 0..1, along with `proposals`.
+        unreadable: ids of the images that could not be read and that this sample stands for.
     """
 
     image: Tensor
@@ -114,6 +115,7 @@ class Sample:
     seed: int = 0
     proposals: Tensor | None = None
     proposal_scores: Tensor | None = None
+    unreadable: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,6 +146,8 @@ class Batch(_TensorFields):
         original_sizes: (N, 2) int64, (h, w) of the image files.
         seeds: (N,) int64, what the random choices of anchors and RoIs in each image depend on.
         proposals: fixed proposals (Fast R-CNN), padded to the batch's largest count; None where the model has an RPN.
+        unreadable: (M,) int64, ids of the images that could not be read, replaced or left blank; M is almost always 0.
+            Always on the CPU: whoever looks does not wait for a device.
     """
 
     images: Tensor
@@ -153,6 +157,11 @@ class Batch(_TensorFields):
     original_sizes: Tensor
     seeds: Tensor
     proposals: Proposals | None = None
+    unreadable: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Self:
+        """Return a copy whose tensors, but for `unreadable`, lie on `device`."""
+        return replace(super().to(device, non_blocking), unreadable=self.unreadable)
 
     def without_pixels(self) -> Batch:
         """A copy that can be kept: all but the images, whose height and width become 0."""

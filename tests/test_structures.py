@@ -36,11 +36,13 @@ def devices(value: object) -> set[str]:
     return set().union(*(devices(getattr(value, field.name)) for field in dataclasses.fields(value)))
 
 
-def test_to_moves_every_tensor(batch: Batch) -> None:
-    moved = batch.to("meta")
+def test_to_moves_every_tensor_but_the_unreadable(batch: Batch) -> None:
+    """Those are looked at in every step, which must not wait for a device."""
+    moved = dataclasses.replace(batch, unreadable=torch.tensor([7, 8])).to("meta")
     assert isinstance(moved, Batch)
     assert isinstance(moved.targets, Targets)
-    assert devices(moved) == {"meta"}
+    assert moved.unreadable.tolist() == [7, 8]
+    assert devices(dataclasses.replace(moved, unreadable=moved.images)) == {"meta"}
     assert devices(batch) == {"cpu"}
     assert moved.targets.boxes.shape == (2, 3, 4)
 
@@ -58,9 +60,13 @@ def test_to_keeps_values_and_types(batch: Batch) -> None:
 def test_fixed_proposals_move_along_or_stay_absent(batch: Batch, batch_with_proposals: Batch) -> None:
     moved = batch_with_proposals.to("meta")
     assert isinstance(moved.proposals, Proposals)
-    assert devices(moved) == {"meta"}
+    assert devices(moved.proposals) == {"meta"}
     assert moved.proposals.boxes.shape == (2, 5, 4)
     assert batch.to("meta").proposals is None
+
+
+def test_by_default_every_image_could_be_read(batch: Batch) -> None:
+    assert (batch.unreadable.shape, batch.unreadable.dtype) == ((0,), torch.int64)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="page-locked memory needs a CUDA device")
@@ -70,6 +76,7 @@ def test_pin_memory(batch: Batch, batch_with_proposals: Batch) -> None:
     assert pinned.targets.boxes.is_pinned()
     assert pinned.proposals is None
     assert batch_with_proposals.pin_memory().proposals.boxes.is_pinned()
+    assert pinned.unreadable.tolist() == []
     assert not batch.images.is_pinned()
 
 

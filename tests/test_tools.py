@@ -401,6 +401,45 @@ def test_a_proposal_network_is_judged_by_its_recall(tool, tiny, shapes, tmp_path
     fails(tool("eval", *rpn, "eval.tta={}", *arguments), "eval.tta merges detections", "set eval.tta to none")
 
 
+@pytest.fixture
+def broken_val(shapes, tmp_path) -> tuple[str, Path, int]:
+    """An override that names a copy of the validation images, one of them truncated, its path and its id."""
+    images = json.loads((shapes / "annotations/val.json").read_text())["images"]
+    shutil.copytree(shapes / "val", tmp_path / "broken")
+    path = tmp_path / "broken" / images[3]["file_name"]
+    path.write_bytes(path.read_bytes()[:-100])
+    return f"data.val.images={tmp_path / 'broken'}", path, images[3]["id"]
+
+
+@pytest.mark.parametrize("proposals", [False, True])
+def test_eval_counts_an_unreadable_image_as_one_without_detections(
+    tool, tiny, finished, broken_val, tmp_path, proposals
+):
+    override, path, image_id = broken_val
+    arguments = ["--checkpoint", finished / "final.pth", "--output-dir", tmp_path, *["--proposals"] * proposals]
+    outcome = tool("eval", *tiny, override, *arguments)
+    assert outcome.code == 1
+    assert outcome.err.startswith(f"unreadable: {path}: cannot decode the image (OSError: image file is truncated")
+    assert outcome.err.count("\n") == 1
+    assert f"nothing was found there: 1 (ids {image_id})" in outcome.out
+    if proposals:
+        assert json.loads((tmp_path / "proposal_metrics.json").read_text())["unreadable_images"] == [image_id]
+        return
+    assert json.loads((tmp_path / "metrics.json").read_text())["unreadable_images"] == [image_id]
+    expected = json.loads((finished / "predictions.json").read_text())
+    others = [r for r in expected if r["image_id"] != image_id]
+    assert len(others) < len(expected)
+    assert json.loads((tmp_path / "predictions.json").read_text()) == others
+
+
+def test_an_unreadable_validation_image_does_not_end_a_training(tool, tiny, broken_val, tmp_path):
+    override, _, image_id = broken_val
+    outcome = tool("train", *tiny, override, "train.steps=2", "--output-dir", tmp_path / "run")
+    assert (outcome.code, outcome.err) == (0, "")
+    assert f"nothing was found there: 1 (ids {image_id})" in (tmp_path / "run/log.txt").read_text()
+    assert json.loads((tmp_path / "run/metrics.json").read_text())["unreadable_images"] == [image_id]
+
+
 def test_eval_of_several_views(tool, tiny, finished, shapes, tmp_path):
     options = [*tiny, "model.roi_head.score_thresh=0", "--checkpoint", finished / "final.pth"]
     assert tool("eval", *options, "--output-dir", tmp_path / "plain").code == 0

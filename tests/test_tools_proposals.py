@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -45,6 +46,27 @@ def files(tool, tiny, trained_rpn, tmp_path_factory) -> dict[str, Path]:
         assert (outcome.code, outcome.err) == (0, "")
         assert str(file) in outcome.out
     return files
+
+
+def test_an_unreadable_image_gets_no_proposals_and_is_named(tool, tiny, shapes, trained_rpn, files, tmp_path):
+    entries = json.loads((shapes / "annotations/val.json").read_text())["images"]
+    shutil.copytree(shapes / "val", tmp_path / "broken")
+    for entry in entries[1:3]:
+        (tmp_path / "broken" / entry["file_name"]).write_bytes(b"")
+    output = tmp_path / "p.npz"
+    arguments = ["--checkpoint", trained_rpn, "--split", "val", "--output", output]
+    outcome = tool("proposals", *tiny, *RPN, f"data.val.images={tmp_path / 'broken'}", *arguments)
+    assert outcome.code == 1
+    for line, entry in zip(outcome.err.splitlines(), entries[1:3], strict=True):
+        assert line.startswith(f"unreadable: {tmp_path / 'broken' / entry['file_name']}: cannot decode the image")
+    found, expected = read_proposals(output), read_proposals(files["val"])
+    assert torch.equal(found.image_ids, expected.image_ids)
+    for image_id in found.image_ids.tolist():
+        boxes, _ = found.of(image_id)
+        if image_id in {entry["id"] for entry in entries[1:3]}:
+            assert len(boxes) == 0
+        else:
+            assert torch.equal(boxes, expected.of(image_id)[0])
 
 
 @pytest.fixture

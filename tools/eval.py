@@ -8,16 +8,22 @@ The ground truth is `data.val.annotations` of the config. Prints a table; writes
 predictions.json (COCO results format) to D, by default the folder of the checkpoint or file. With --proposals, and
 for `model.kind` rpn always, the numbers are the recall of the proposals (proposal_metrics.json). With `eval.tta={}` the
 detections in several sizes of each image and its mirror image are merged (tta_metrics.json, tta_predictions.json).
+
+Images that cannot be read count as images where nothing was found: the table and `unreadable_images` of metrics.json
+say so, standard error says why, and the exit code is 1.
 """
 
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 from fpn_det import build
 from fpn_det.cli import config_parser, say, user_errors
 from fpn_det.config import Config, load_config
+from fpn_det.data.coco import CocoAnnotations
+from fpn_det.data.loader import explain_unreadable
 from fpn_det.data.problems import format_problems
 from fpn_det.engine import checkpoint
 from fpn_det.engine.coco_eval import (
@@ -30,7 +36,7 @@ from fpn_det.engine.coco_eval import (
     write_results,
 )
 from fpn_det.engine.distributed import Process, launched_process
-from fpn_det.structures import InputError
+from fpn_det.structures import InputError, printable
 
 
 def main() -> None:
@@ -60,11 +66,12 @@ def main() -> None:
         if proposals and config.eval.tta is not None:
             raise InputError("eval.tta merges detections, not proposals; set eval.tta=none to measure their recall")
         with launched_process() as process:
-            evaluate_checkpoint(config, args.checkpoint, folder, proposals=proposals, process=process)
+            num_unreadable = evaluate_checkpoint(config, args.checkpoint, folder, proposals=proposals, process=process)
+    sys.exit(1 if num_unreadable else 0)
 
 
-def evaluate_checkpoint(config: Config, path: Path, folder: Path, *, proposals: bool, process: Process) -> None:
-    """Detect, or propose, on the validation images and report."""
+def evaluate_checkpoint(config: Config, path: Path, folder: Path, *, proposals: bool, process: Process) -> int:
+    """Detect, or propose, on the validation images and report; returns how many of them could not be read."""
     model, state = build.load_detector(config, path, process.device)
     data, truth = build.load_val_data(config), build.load_ground_truth(config)
     checkpoint.check_categories(state, path, data.categories, data.source)
@@ -78,14 +85,24 @@ def evaluate_checkpoint(config: Config, path: Path, folder: Path, *, proposals: 
         if recalls is not None:
             name = "metrics" if config.model.kind == "rpn" else "proposal_metrics"
             report(recalls, format_proposal_table(recalls), folder / f"{name}.json", step=state["step"])
-        return
+        return print_unreadable(data, recalls)
     views = build.build_val_views(config, data, process=process)
     evaluated = build.evaluate_model(config, model, views, truth, data.categories, process=process)
-    if evaluated is not None:
-        metrics, results = evaluated
-        prefix = "" if config.eval.tta is None else "tta_"  # what training wrote stays
-        report(metrics, format_table(metrics), folder / f"{prefix}metrics.json", step=state["step"])
-        write_results(folder / f"{prefix}predictions.json", results)
+    if evaluated is None:
+        return 0
+    metrics, results = evaluated
+    prefix = "" if config.eval.tta is None else "tta_"  # what training wrote stays
+    report(metrics, format_table(metrics), folder / f"{prefix}metrics.json", step=state["step"])
+    write_results(folder / f"{prefix}predictions.json", results)
+    return print_unreadable(data, metrics)
+
+
+def print_unreadable(data: CocoAnnotations, metrics: Metrics | ProposalMetrics | None) -> int:
+    """Say why images could not be read; returns how many there were."""
+    ids = metrics.get("unreadable_images", []) if metrics is not None else []
+    for reason in explain_unreadable(data, ids):
+        say(printable(reason), file=sys.stderr)
+    return len(ids)
 
 
 def report(metrics: Metrics | ProposalMetrics, table: str, path: Path, *, step: int | None = None) -> None:

@@ -7,6 +7,8 @@ Writes D/NAME.png per image, with the boxes that score at least the threshold, a
 in COCO's results format with the category ids of the training data, plus `file_name`; `image_id` counts the images
 from 1 in the order of their names. `model.kind` rpn gives its proposals, all of category 1, "object". With
 `eval.tta={}` the detections in several sizes of each image and its mirror image are merged.
+
+In a folder, an image that cannot be read is passed over: standard error says why, and the exit code is 1.
 """
 
 from __future__ import annotations

@@ -8,21 +8,25 @@ C and K are of a model of kind rpn or faster_rcnn. Images are resized as for det
 `model.rpn.post_nms_top_k_test` proposals, best first. Then set data.train.proposals or data.val.proposals to FILE.
 The FPN paper (Table 2) trains on 2000: add model.rpn.pre_nms_top_k_test=2000 model.rpn.post_nms_top_k_test=2000 for
 the train split.
+
+An image that cannot be read gets no proposals: standard error says which and why, and the exit code is 1.
 """
 
 from __future__ import annotations
 
 import argparse
 import hashlib
+import sys
 from pathlib import Path
 
 from fpn_det import build
 from fpn_det.cli import config_parser, say, user_errors
 from fpn_det.config import Config, load_config
+from fpn_det.data.loader import explain_unreadable
 from fpn_det.data.proposals import ImageProposals, read_proposals, write_proposals
 from fpn_det.engine.distributed import Process, launched_process
 from fpn_det.engine.evaluate import propose
-from fpn_det.structures import InputError
+from fpn_det.structures import InputError, printable
 
 
 def main() -> None:
@@ -36,13 +40,18 @@ def main() -> None:
     with user_errors():
         config = load_config(args.config, args.overrides)
         with launched_process() as process:
-            run(config, args.checkpoint, args.split, args.output, top_k=args.top_k, process=process)
+            num_unreadable = run(config, args.checkpoint, args.split, args.output, top_k=args.top_k, process=process)
+    sys.exit(1 if num_unreadable else 0)
 
 
 def run(
     config: Config, checkpoint_path: Path, split: build.Split, output: Path, *, top_k: int | None, process: Process
-) -> None:
-    """Write the proposals of every image of `split` to `output` (collective)."""
+) -> int:
+    """Write the proposals of every image of `split` to `output` (collective).
+
+    Returns:
+        How many images could not be read, on the main process; 0 on the others.
+    """
     if config.model.kind == "fast_rcnn":
         raise InputError("model.kind fast_rcnn has no RPN; give the config and checkpoint of an rpn or faster_rcnn")
     build.check_proposals(config, "train")
@@ -58,7 +67,8 @@ def run(
     output.parent.mkdir(parents=True, exist_ok=True)
     model, _ = build.load_detector(config, checkpoint_path, process.device)
     data = build.load_split(config, split)
-    found = []
+    found: list[ImageProposals] = []
+    unreadable: list[int] = []
     for batch, proposals in propose(
         model,
         build.build_val_loader(config, data, process=process),
@@ -66,20 +76,26 @@ def run(
         precision=config.train.precision,
         show_progress=process.is_main,
     ):
+        unreadable += batch.unreadable.tolist()
         for image_id, (h, w), (boxes, scores) in zip(
             batch.image_ids.tolist(), batch.original_sizes.tolist(), proposals, strict=True
         ):
             boxes, scores = boxes[:top_k], scores[:top_k]
             found.append(ImageProposals.encode(image_id=image_id, size=(h, w), boxes=boxes, scores=scores))
-    gathered = process.gather(found)
-    if process.is_main:
-        write_proposals(
-            output,
-            [image for part in gathered for image in part],
-            config=config.name,
-            checkpoint_sha256=sha256(checkpoint_path),
-        )
-        say(read_proposals(output).summary())
+    gathered = process.gather((found, unreadable))
+    if not process.is_main:
+        return 0
+    write_proposals(
+        output,
+        [image for of_process, _ in gathered for image in of_process],
+        config=config.name,
+        checkpoint_sha256=sha256(checkpoint_path),
+    )
+    say(read_proposals(output).summary())
+    all_unreadable = sorted(image_id for _, of_process in gathered for image_id in of_process)
+    for reason in explain_unreadable(data, all_unreadable):
+        say(printable(reason), file=sys.stderr)
+    return len(all_unreadable)
 
 
 def sha256(path: Path) -> str:

@@ -23,8 +23,9 @@ import torch
 from fpn_det import build
 from fpn_det.cli import config_parser, user_errors
 from fpn_det.config import Config, dump_config, load_config
-from fpn_det.data.checks import check_same_categories, compare_splits
+from fpn_det.data.checks import UnreadableImages, check_same_categories, compare_splits
 from fpn_det.data.coco import CocoAnnotations
+from fpn_det.data.loader import explain_unreadable
 from fpn_det.data.problems import format_problems
 from fpn_det.data.report import write_report
 from fpn_det.data.transforms import load_image
@@ -127,10 +128,10 @@ def train_on(
             scaler.load_state_dict(state["scaler"])
     detector: Detector = build.place(config, ema.module, process.device) if ema is not None else model  # type: ignore[arg-type]
 
-    between = compare_splits(train_data, val_data)
+    between, report_path = compare_splits(train_data, val_data), folder / "data_report.json"
     if process.is_main:
         write_text(folder / "config.yaml", dump_config(config))
-        write_report(folder / "data_report.json", {"train": train_data, "val": val_data}, between=between)
+        write_report(report_path, {"train": train_data, "val": val_data}, between=between)
     val_loader = build.build_val_loader(config, val_data, process=process)
     proposals_only = config.model.kind == "rpn"
     pictures = list(range(min(config.eval.tensorboard_images, len(val_data))))
@@ -196,6 +197,8 @@ def train_on(
         def record(step: int, metrics: Metrics | ProposalMetrics, names: Sequence[str], table: str) -> None:
             nonlocal best_value
             log.message(f"step {step}:\n{table}")
+            for line in explain_unreadable(val_data, metrics.get("unreadable_images", [])):
+                log.message(line)
             numbers: dict[str, Any] = {**metrics, "step": step}
             if numbers[headline] > best_value:
                 best_value = numbers[headline]
@@ -206,6 +209,15 @@ def train_on(
             if step == num_steps:
                 checkpoint.save_checkpoint(folder / "final.pth", weights_for_use(step))
                 log.write_json("metrics.json", numbers)
+
+        unreadable = UnreadableImages(train_data, drop_limit=config.data.drop_limit)
+
+        def note_unreadable(image_ids: list[int]) -> None:
+            for line in unreadable.note(image_ids):
+                log.message(line)
+            write_report(report_path, {"train": unreadable.without(), "val": val_data}, between=between)
+            if refusal := unreadable.refusal():
+                raise InputError(refusal)
 
         done = start_step
         if start_step < num_steps:
@@ -225,6 +237,7 @@ def train_on(
                     process=process,
                     log=log,
                     skipped=skipped,
+                    note_unreadable=note_unreadable,
                     save=save,
                     evaluate=evaluate_at,
                     accumulate=config.train.accumulate,

@@ -6,9 +6,11 @@ What is only seen in the image files themselves is found by `fpn_det.data.decodi
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from typing import Literal
 
 from fpn_det.data.coco import CocoAnnotations
+from fpn_det.data.loader import why_unreadable
 from fpn_det.data.problems import Defect, Problem, shown
 from fpn_det.structures import InputError
 
@@ -118,6 +120,48 @@ def compare_splits(train: CocoAnnotations, val: CocoAnnotations) -> list[Problem
         for image_id, path in zip(val.image_ids.tolist(), _paths(val), strict=True)
         if path in known
     ]
+
+
+class UnreadableImages:
+    """The training images that could not be read while a run was under way, and how many may be.
+
+    Args:
+        data: what is trained on.
+        drop_limit: the share of the images that may be left out in all (data.drop_limit).
+    """
+
+    def __init__(self, data: CocoAnnotations, *, drop_limit: float) -> None:
+        self.data = data
+        self.drop_limit = drop_limit
+        self._problems: dict[int, Problem] = {}
+
+    def note(self, image_ids: Sequence[int]) -> list[str]:
+        """Note images, which may be known already; the path of each new one and why it cannot be read."""
+        indices = {image_id: index for index, image_id in enumerate(self.data.image_ids.tolist())}
+        new = [image_id for image_id in image_ids if indices[image_id] not in self._problems]
+        lines = []
+        for image_id in new:
+            reason = why_unreadable(self.data, image_id)
+            self._problems[indices[image_id]] = Problem(Defect.IMAGE_UNREADABLE, None, image_id, shown(reason))
+            lines.append(f"replaced by another image: {reason}")
+        return lines
+
+    def without(self) -> CocoAnnotations:
+        """The data as they turned out to be, for the report."""
+        return self.data.without(self._problems)
+
+    def refusal(self) -> str:
+        """Why the run must end; empty if it may go on."""
+        lost = self.data.num_images_lost + len(self._problems)
+        total = self.data.num_images_lost + len(self.data)
+        if lost <= self.drop_limit * total:
+            return ""
+        return (
+            f"{self.data.source}: {lost:,} of the {total:,} images ({lost / total:.1%}) cannot be used, "
+            f"{len(self._problems):,} of them turned out so during training (the log and data_report.json name them); "
+            f"data.drop_limit {self.drop_limit:g} allows no more. Replace them, or raise data.drop_limit, and go on "
+            "with --resume"
+        )
 
 
 def _paths(data: CocoAnnotations) -> list[str]:

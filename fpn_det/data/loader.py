@@ -16,8 +16,10 @@ import os
 import random
 import signal
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache, partial
 from multiprocessing.synchronize import Event
+from typing import Any, Literal, assert_never
 
 import numpy as np
 import torch
@@ -27,12 +29,25 @@ from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from fpn_det.data.coco import CocoAnnotations
 from fpn_det.data.proposals import FixedProposals
-from fpn_det.data.transforms import load_image
-from fpn_det.structures import Batch, Proposals, Sample, Targets
+from fpn_det.data.transforms import load_image, max_pixels
+from fpn_det.structures import Batch, InputError, Proposals, Sample, Targets
 
 Transform = Callable[[Sample, random.Random], Sample]
 Key = tuple[int, int]
 """(index of the image, seed of its augmentation and of the samples that the model draws in it)"""
+
+OnUnreadable = Literal["fail", "replace", "blank"]
+"""What becomes of an image that cannot be read.
+
+- `fail`: an InputError.
+- `replace`: another image takes its place, for training.
+- `blank`: a black image takes its place, for the evaluation, which then ignores what is detected there.
+
+Under the latter two, the ids of these images travel in `Batch.unreadable`.
+"""
+
+MAX_REPLACEMENTS = 10
+"""So many images drawn at random, none of which can be read, are more than single broken files."""
 
 WINDOW_BATCHES = 16
 """Batches of one aspect are formed among this many consecutive ones; the rest of a window is mixed."""
@@ -45,32 +60,44 @@ class DetectionDataset(Dataset[Sample]):
         annotations: what to load.
         transform: applied to each sample, with the random state of its key.
         proposals: fixed proposals that the samples carry along, if any.
+        on_unreadable: what becomes of an image that cannot be read.
 
     Raises:
         InputError: `proposals` are of other images.
     """
 
     def __init__(
-        self, annotations: CocoAnnotations, transform: Transform, proposals: FixedProposals | None = None
+        self,
+        annotations: CocoAnnotations,
+        transform: Transform,
+        proposals: FixedProposals | None = None,
+        *,
+        on_unreadable: OnUnreadable = "fail",
     ) -> None:
         if proposals is not None:
             proposals.check_images(annotations.image_ids, annotations.sizes, annotations.source)
         self.annotations = annotations
         self.transform = transform
         self.proposals = proposals
+        self.on_unreadable: OnUnreadable = on_unreadable
 
     def __len__(self) -> int:
         return len(self.annotations)
 
     def __getitem__(self, key: Key) -> Sample:
-        """The sample of `key`; raises InputError for an image that cannot be decoded."""
+        """The sample of `key`.
+
+        Raises:
+            InputError: the image cannot be read, nor any that should replace it.
+        """
         index, seed = key
+        index, image, unreadable = self._load(index, seed)
         h, w = self.annotations.sizes[index].tolist()
         boxes, labels = self.annotations.targets(index)
         image_id = int(self.annotations.image_ids[index])
         proposals, scores = self.proposals.of(image_id) if self.proposals is not None else (None, None)
         sample = Sample(
-            image=load_image(self.annotations.path(index), size=(h, w)),
+            image=image,
             boxes=boxes,
             labels=labels,
             image_id=image_id,
@@ -78,8 +105,77 @@ class DetectionDataset(Dataset[Sample]):
             seed=seed,
             proposals=proposals,
             proposal_scores=scores,
+            unreadable=unreadable,
         )
         return self.transform(sample, random.Random(seed))
+
+    def _load(self, index: int, seed: int) -> tuple[int, Tensor, tuple[int, ...]]:
+        """Index and pixels of the image at `index`, or of what stands for it, and the ids that could not be read."""
+        try:
+            return index, load_annotated(self.annotations, index), ()
+        except InputError:
+            match self.on_unreadable:
+                case "fail":
+                    raise
+                case "blank":
+                    return index, self._blank(index), (int(self.annotations.image_ids[index]),)
+                case "replace":
+                    return self._replacement(index, seed)
+                case _:
+                    assert_never(self.on_unreadable)
+
+    def _blank(self, index: int) -> Tensor:
+        """A black image of the annotated size: the batch is then padded as if the image could be read."""
+        h, w = self.annotations.sizes[index].tolist()
+        # No image may have a size beyond the limit, so the annotation is wrong; its black image must not fill memory.
+        return torch.zeros((3, h, w) if h * w <= max_pixels() else (3, 1, 1), dtype=torch.uint8)
+
+    def _replacement(self, index: int, seed: int) -> tuple[int, Tensor, tuple[int, ...]]:
+        """The first image that can be read of those that `seed` alone decides."""
+        unreadable = [int(self.annotations.image_ids[index])]
+        for other in np.random.default_rng((seed, 4)).integers(len(self), size=MAX_REPLACEMENTS).tolist():
+            try:
+                return other, load_annotated(self.annotations, other), tuple(dict.fromkeys(unreadable))
+            except InputError as error:
+                unreadable.append(int(self.annotations.image_ids[other]))
+                reason = str(error)
+        raise InputError(
+            f"{1 + MAX_REPLACEMENTS} images in a row, drawn at random from {self.annotations.folder}, could not be "
+            f"read; is the file system there, and data.train.images right? The last one: {reason}"
+        )
+
+
+def load_annotated(annotations: CocoAnnotations, index: int) -> Tensor:
+    """The pixels of an image of a data set, see `load_image`.
+
+    Raises:
+        InputError: it cannot be read, or is of another size than annotated.
+    """
+    h, w = annotations.sizes[index].tolist()
+    return load_image(annotations.path(index), size=(h, w))
+
+
+def why_unreadable(annotations: CocoAnnotations, image_id: int) -> str:
+    """The path of an image of `Batch.unreadable` and why it cannot be read, in one line; tries once more.
+
+    Args:
+        annotations: of the data set.
+        image_id: the data set's own id.
+    """
+    [index] = (annotations.image_ids == image_id).nonzero().flatten().tolist()
+    try:
+        load_annotated(annotations, index)
+    except InputError as error:
+        return str(error)
+    return f"{annotations.path(index)}: could not be read before, and can be now; is the file system overloaded?"
+
+
+def explain_unreadable(annotations: CocoAnnotations, image_ids: Sequence[int], limit: int = 10) -> list[str]:
+    """`why_unreadable` of the first `limit` images, and a line that counts the others."""
+    lines = [f"unreadable: {why_unreadable(annotations, image_id)}" for image_id in image_ids[:limit]]
+    if len(image_ids) > limit:
+        lines.append(f"unreadable: {len(image_ids) - limit:,} more, ids {', '.join(map(str, image_ids[limit:]))}")
+    return lines
 
 
 class TrainSampler(Sampler[list[Key]]):
@@ -207,6 +303,7 @@ def collate(samples: Sequence[Sample], size_divisor: int = 32) -> Batch:
         original_sizes=torch.tensor([s.original_size for s in samples]),
         seeds=torch.tensor([s.seed for s in samples]),
         proposals=_collate_proposals(samples),
+        unreadable=torch.tensor([i for s in samples for i in s.unreadable], dtype=torch.int64),
     )
 
 
@@ -236,9 +333,55 @@ def _collate_proposals(samples: Sequence[Sample]) -> Proposals | None:
     )
 
 
+class BatchLoader(DataLoader[Sample]):
+    """A loader of `Batch`es that says what to do when one of its processes dies."""
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        """Start the workers and yield the batches.
+
+        Raises:
+            InputError: an image cannot be read, or a loader process died.
+        """
+        with worker_errors(awaiting=True):
+            return _naming_errors(super().__iter__())
+
+
+def _naming_errors(stream: Iterator[Any]) -> Iterator[Any]:
+    while True:
+        with worker_errors(awaiting=True):
+            batch = next(stream, None)
+        if batch is None:
+            return
+        yield batch
+
+
+@contextmanager
+def worker_errors(*, awaiting: bool = False) -> Iterator[None]:
+    """Turn the death of a loader process into an InputError.
+
+    torch notices it while a batch is awaited, or at any other moment by a signal: hence this should also surround
+    what is done with the batches.
+
+    Args:
+        awaiting: a batch is awaited inside; then a broken connection is a loader process that died handing one over.
+    """
+    try:
+        yield
+    except (RuntimeError, ConnectionError, EOFError) as error:
+        is_death = str(error).startswith("DataLoader worker") if isinstance(error, RuntimeError) else awaiting
+        if not is_death:
+            raise
+        reason = (str(error) or type(error).__name__).splitlines()[0].strip()
+        raise InputError(
+            f"a process that loads images died ({reason}). Mostly memory or /dev/shm ran out: lower data.num_workers, "
+            "or give the job more. If it happens again at the same step, an image crashes its decoder: "
+            "tools/check_data.py finds the file"
+        ) from error
+
+
 def make_loader(
     dataset: DetectionDataset, sampler: TrainSampler | TestSampler, *, num_workers: int, pin_memory: bool
-) -> DataLoader[Sample]:
+) -> BatchLoader:
     """A loader that yields `Batch`es; its workers, if any, live as long as its iterator.
 
     Args:
@@ -249,7 +392,7 @@ def make_loader(
     """
     ending = multiprocessing.Event()
     atexit.register(ending.set)
-    return DataLoader(
+    return BatchLoader(
         dataset,
         batch_sampler=sampler,
         num_workers=num_workers,

@@ -7,8 +7,10 @@ Other ways of resizing are for weights that were trained on them: they reproduce
 
 from __future__ import annotations
 
+import io
 import math
 import random
+import stat
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -17,7 +19,9 @@ from typing import Literal, assert_never
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL.JpegImagePlugin import JpegImageFile
+from PIL.TiffImagePlugin import TILELENGTH, TILEWIDTH, TiffImageFile
 from torch import Tensor
 from torch.nn.functional import interpolate
 from torchvision.io import ImageReadMode, decode_jpeg
@@ -25,6 +29,26 @@ from torchvision.io import ImageReadMode, decode_jpeg
 from fpn_det.structures import InputError, Sample
 
 IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
+
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+"""What Pillow may take a file for, whatever its name. It knows many more: for EPS it would start Ghostscript."""
+
+MAX_FILE_BYTES = 512 * 2**20
+"""Larger files are not read: twice the largest image that is decoded (`max_pixels`), as RGB without compression."""
+
+MAX_SCANNED_PIXELS = 10**12
+"""Of a JPEG, pixels times scans, about a minute's work. Nothing else bounds the time: 10 bytes are another scan."""
+
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What makes an image upright, by its EXIF orientation."""
 
 ResizeKind = Literal["antialiased", "pillow", "float", "opencv"]
 """How images are resized: the rounding of the size, and the interpolation, always bilinear.
@@ -39,8 +63,13 @@ ResizeKind = Literal["antialiased", "pillow", "float", "opencv"]
 def load_image(path: Path, size: tuple[int, int] | None = None) -> Tensor:
     """Decode an image file to RGB, upright.
 
-    Grayscale, CMYK, palette and 16-bit files are converted, alpha is dropped, of an animation the first frame counts.
-    The EXIF orientation is honoured unless `size` says that the annotations were made on the pixels as stored.
+    All of this project reads images through this function alone: the checks, training, evaluation and prediction.
+    What each kind of file becomes is in docs/images.md.
+
+    Grayscale, CMYK, Lab, palette and 16-bit files are converted, alpha is dropped, of an animation the first frame
+    counts. The EXIF orientation is honoured unless `size` says that the annotations were made on the pixels as stored.
+
+    No more than `MAX_FILE_BYTES` are read, of regular files only, and no more than `max_pixels` are decoded.
 
     Args:
         path: the file.
@@ -52,10 +81,7 @@ def load_image(path: Path, size: tuple[int, int] | None = None) -> Tensor:
     Raises:
         InputError: the file cannot be read or decoded, or its size is not `size`.
     """
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise InputError(f"{path}: cannot read the image ({error.strerror})") from error
+    data = _read(path)
     image = _decode(path, data, upright=True)
     if size is None or tuple(image.shape[1:]) == size:
         return image
@@ -67,6 +93,11 @@ def load_image(path: Path, size: tuple[int, int] | None = None) -> Tensor:
         f"{path}: the image is {w}x{h} (width x height), but the annotations say {size[1]}x{size[0]}; "
         "correct the annotation file or replace the image"
     )
+
+
+def max_pixels() -> float:
+    """Images of more pixels are refused: Pillow's limit, 89,478,485 unless the program has changed it."""
+    return Image.MAX_IMAGE_PIXELS or math.inf
 
 
 def find_images(source: Path) -> list[Path]:
@@ -279,6 +310,23 @@ def _opencv_weights(old: int, new: int) -> tuple[Tensor, Tensor]:
     return positions, (torch.stack([1 - fraction, fraction]) * 2048).round().int()
 
 
+def _read(path: Path) -> bytes:
+    """The content of a regular file. Opening a pipe would wait for a writer, and a device may never end."""
+    try:
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
+            raise InputError(f"{path}: cannot read the image (not a regular file); replace it or leave it out")
+        if status.st_size > MAX_FILE_BYTES:
+            raise InputError(
+                f"{path}: cannot read the image ({status.st_size:,} bytes, more than the limit of "
+                f"{MAX_FILE_BYTES:,}); compress the file, cut it into tiles, or leave it out"
+            )
+        with path.open("rb") as file:
+            return file.read(status.st_size)  # not to its end, which may move away
+    except OSError as error:
+        raise InputError(f"{path}: cannot read the image ({error.strerror}); put it there or leave it out") from error
+
+
 def _decode(path: Path, data: bytes, *, upright: bool) -> Tensor:
     """Decode to (3, H, W) uint8 RGB; `upright` applies the EXIF orientation."""
     if _is_plain_jpeg(data):
@@ -287,39 +335,75 @@ def _decode(path: Path, data: bytes, *, upright: bool) -> Tensor:
             return decode_jpeg(raw, mode=ImageReadMode.RGB, apply_exif_orientation=upright)
         except RuntimeError:
             pass  # Pillow reads more dialects, and says more clearly what is wrong with the rest
-    return _decode_with_pillow(path, upright=upright)
+    return _decode_with_pillow(path, data, upright=upright)
 
 
-def _decode_with_pillow(path: Path, *, upright: bool) -> Tensor:
+def _decode_with_pillow(path: Path, data: bytes, *, upright: bool) -> Tensor:
+    # From memory: Pillow maps some files, and a mapped file that is cut short meanwhile ends the process.
     try:
         with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about metadata
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path) as file:
-                image = ImageOps.exif_transpose(file) if upright else file
-                return _to_tensor(_to_rgb(image))
+            with Image.open(io.BytesIO(data), formats=FORMATS) as file:
+                _check_work(file, data)
+                file.load()
+                return _to_tensor(_turn_upright(file) if upright else file)
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
+        raise InputError(
+            f"{path}: cannot decode the image (more than the limit of {max_pixels():,} pixels, or a decompression "
+            "bomb); cut it into tiles, scale it down, or leave it out"
+        ) from error
+    except UnidentifiedImageError as error:  # its own text names the memory that the file was read to
+        raise InputError(
+            f"{path}: cannot decode the image (damaged, or none of {', '.join(FORMATS)}); replace the file or leave "
+            "it out"
+        ) from error
     except Exception as error:  # Pillow's decoders raise many types on broken files
         raise InputError(
             f"{path}: cannot decode the image ({type(error).__name__}: {error}); replace the file or leave it out"
         ) from error
 
 
+def _turn_upright(image: Image.Image) -> Image.Image:
+    """Apply the EXIF orientation. EXIF data that cannot be read turn nothing, as in viewers."""
+    try:
+        turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except Exception:  # whatever Pillow meets in them
+        return image
+    return image if turn is None else image.transpose(turn)
+
+
+def _check_work(file: Image.Image, data: bytes) -> None:
+    """Refuse what Pillow does not before it decodes: tiles larger than any image, and scans without end."""
+    if isinstance(file, TiffImageFile):
+        tags = file.tag_v2
+        if tags.get(TILEWIDTH, 0) * tags.get(TILELENGTH, 0) > max_pixels():
+            raise ValueError(f"tiles of {tags[TILEWIDTH]}x{tags[TILELENGTH]} pixels are beyond the limit of pixels")
+    if isinstance(file, JpegImageFile) and _num_scans(data) * file.width * file.height > MAX_SCANNED_PIXELS:
+        raise ValueError(f"{_num_scans(data):,} scans of {file.width}x{file.height} pixels take too long")
+
+
 def _to_tensor(image: Image.Image) -> Tensor:
-    """An RGB image as (3, H, W) uint8, channels last in memory."""
+    """An image of any Pillow mode as (3, H, W) uint8 RGB, channels last in memory."""
+    if image.mode != "RGB":
+        image = _to_rgb(image)
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
     """Convert any Pillow mode to 8-bit RGB; 16-bit values keep their upper byte instead of being clipped."""
     if image.mode.startswith("I"):
-        values = np.asarray(image).astype(np.int64)
-        return Image.fromarray((values.clip(0, 65535) >> 8).astype(np.uint8)).convert("RGB")
+        values = np.asarray(image)  # of 16 bits, though Pillow may keep them in 32
+        if values.min() < 0 or values.max() > 65535:
+            raise ValueError("integers of more than 16 bits have no defined white; convert the file to 8 bits")
+        return Image.fromarray((values >> 8).astype(np.uint8)).convert("RGB")
     if image.mode == "F":
         raise ValueError("floating-point pixels have no defined white; convert the file to 8 bits")
     return image.convert("RGB")
 
 
 def _is_plain_jpeg(data: bytes) -> bool:
-    """Whether the header says JPEG, grey or three colours, and not more pixels than Pillow takes for an attack.
+    """Whether the header says JPEG, 8 bits, grey or three colours, and not more work than `load_image` takes on.
 
     torchvision would allocate whatever size the header claims: 13 GB for a file of 1 kB.
     """
@@ -327,8 +411,16 @@ def _is_plain_jpeg(data: bytes) -> bool:
     while data.startswith(b"\xff\xd8") and position + 9 < len(data) and data[position] == 0xFF:
         marker, length = data[position + 1], int.from_bytes(data[position + 2 : position + 4])
         if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):  # start of frame
+            precision, components = data[position + 4], data[position + 9]
             height = int.from_bytes(data[position + 5 : position + 7])
             width = int.from_bytes(data[position + 7 : position + 9])
-            return data[position + 9] in (1, 3) and height * width <= (Image.MAX_IMAGE_PIXELS or math.inf)
+            is_common = marker <= 0xC2 and precision == 8 and components in (1, 3)  # baseline or progressive
+            pixels = height * width
+            return is_common and pixels <= max_pixels() and _num_scans(data) * pixels <= MAX_SCANNED_PIXELS
         position += 2 + length
     return False
+
+
+def _num_scans(data: bytes) -> int:
+    """At least the number of scans of a JPEG; what follows its end may look like some."""
+    return data.count(b"\xff\xda")

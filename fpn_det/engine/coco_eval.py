@@ -31,7 +31,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import accumulate, chain
 from pathlib import Path
-from typing import Any, Literal, TypedDict
+from typing import Any, Literal, NotRequired, TypedDict
 
 import hotcoco
 import numpy as np
@@ -83,6 +83,8 @@ class Metrics(TypedDict):
     ARl: float
     max_detections: int
     per_class: dict[str, ClassMetrics]
+    unreadable_images: NotRequired[list[int]]
+    """Ids of the images that could not be read, if there are any: they count as images without detections."""
 
 
 class ProposalMetrics(TypedDict):
@@ -100,6 +102,8 @@ class ProposalMetrics(TypedDict):
     ARs100: float
     ARm100: float
     ARl100: float
+    unreadable_images: NotRequired[list[int]]
+    """As in `Metrics`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -319,7 +323,7 @@ def format_table(metrics: Metrics, *, max_width: int = 110) -> str:
     columns = [rows[i : i + height] for i in range(0, len(rows), max(height, 1))]
     lines += ["", gap.join([header] * len(columns))]
     lines += [gap.join(column[i] for column in columns if i < len(column)) for i in range(height)]
-    return "\n".join(lines)
+    return "\n".join(lines + _unreadable_lines(metrics))
 
 
 def format_proposal_table(metrics: ProposalMetrics) -> str:
@@ -334,7 +338,16 @@ def format_proposal_table(metrics: ProposalMetrics) -> str:
     for limit, names in rows.items():
         cells = (_percent(metrics[name]) for name in names)  # type: ignore[literal-required]
         lines.append(f"{limit:>9}" + "".join(f"{cell:>7}" for cell in cells))
-    return "\n".join(lines)
+    return "\n".join(lines + _unreadable_lines(metrics))
+
+
+def _unreadable_lines(metrics: Metrics | ProposalMetrics) -> list[str]:
+    """Why the numbers are lower than the model deserves, if images could not be read."""
+    ids = metrics.get("unreadable_images", [])
+    if not ids:
+        return []
+    shown = ", ".join(map(str, ids[:5])) + (", ..." if len(ids) > 5 else "")
+    return [f"images that could not be read, and count as if nothing was found there: {len(ids):,} (ids {shown})"]
 
 
 def read_ground_truth(path: Path) -> GroundTruth:

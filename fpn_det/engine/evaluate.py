@@ -1,5 +1,7 @@
 """Detection and proposals over a data set, and their COCO metrics.
 
+Images that could not be read (`Batch.unreadable`) pass through the network as black ones, and nothing is found there.
+
 Dimensions: N images of a batch, P proposals per image, D detections of one image, V views.
 """
 
@@ -30,9 +32,12 @@ from fpn_det.engine.coco_eval import (
 from fpn_det.engine.distributed import Process
 from fpn_det.engine.memory import explained_memory_errors
 from fpn_det.engine.precision import Precision, autocast
-from fpn_det.structures import Batch, Categories, Detections, Proposals
+from fpn_det.structures import Batch, Categories, Detections, InputError, Proposals
 
 Output = TypeVar("Output")
+
+MAX_UNREADABLE = 10
+"""So many images at the start, none of which can be read, are more than single broken files."""
 
 
 class Model(Protocol):
@@ -91,7 +96,11 @@ def detect(
         show_progress: whether to show a progress bar (on a terminal only).
 
     Yields:
-        The batch, on the CPU, and per image its detections, on the CPU, in the frame of the original image.
+        The batch, on the CPU, and per image its detections, on the CPU, in the frame of the original image; none in an
+        image that could not be read.
+
+    Raises:
+        InputError: none of the first images can be read.
     """
     outputs = _run(
         model, model.predict, batches, device=device, precision=precision, show_progress=show_progress, name="detecting"
@@ -103,7 +112,9 @@ def detect(
                 Detections(
                     boxes=_to_original(d.boxes, size, original_size, flipped=flipped), scores=d.scores, labels=d.labels
                 )
-                for d, size, original_size in zip(_to_cpu(found), batch.sizes, batch.original_sizes, strict=True)
+                for d, size, original_size in zip(
+                    _to_cpu(_of_readable(batch, found)), batch.sizes, batch.original_sizes, strict=True
+                )
             ],
         )
 
@@ -122,19 +133,23 @@ def propose(
 
     Yields:
         The batch, on the CPU, and per image its proposals, on the CPU, best first: boxes (P, 4) in the frame of the
-        original image and scores (P,).
+        original image and scores (P,); none in an image that could not be read.
+
+    Raises:
+        InputError: none of the first images can be read.
     """
     outputs = _run(
         model, model.propose, batches, device=device, precision=precision, show_progress=show_progress, name="proposing"
     )
     for batch, found in outputs:
         p = found.to("cpu")
+        valid_and_readable = p.valid & _is_readable(batch)[:, None]
         yield (
             batch,
             [
                 (_to_original(boxes[valid], size, original_size), scores[valid])
                 for boxes, scores, valid, size, original_size in zip(
-                    p.boxes, p.scores, p.valid, batch.sizes, batch.original_sizes, strict=True
+                    p.boxes, p.scores, valid_and_readable, batch.sizes, batch.original_sizes, strict=True
                 )
             ],
         )
@@ -209,10 +224,12 @@ def evaluate(
         process: this process.
 
     Returns:
-        On the main process the metrics and the detections, by image id and descending score; None on the others.
+        On the main process the metrics, with the `unreadable_images` of all processes if there are any, and the
+        detections, by image id and descending score; None on the others.
     """
     was_training = model.training
     found: dict[int, list[Detections]] = defaultdict(list)
+    unreadable: set[int] = set()
     for view in views:
         for batch, detections in detect(
             model,
@@ -222,16 +239,20 @@ def evaluate(
             flipped=view.flipped,
             show_progress=process.is_main,
         ):
+            unreadable.update(batch.unreadable.tolist())
             for image_id, of_image in zip(batch.image_ids.tolist(), detections, strict=True):
                 found[image_id].append(of_image)
     model.train(was_training)
     merged = [merge_views(of_views, nms_thresh=nms_thresh, top_k=max_detections) for of_views in found.values()]
-    gathered = process.gather(to_coco_results(list(found), merged, categories))
+    gathered = process.gather((to_coco_results(list(found), merged, categories), unreadable))
     if not process.is_main:
         return None
-    results = ScoredBoxes.join(gathered)
+    results = ScoredBoxes.join([of_process for of_process, _ in gathered])
     results = results[np.lexsort((-results.scores, results.image_ids))]
-    return score(truth, results, backend=backend, max_detections=max_detections), results
+    metrics = score(truth, results, backend=backend, max_detections=max_detections)
+    if ids := sorted(set().union(*(ids for _, ids in gathered))):
+        metrics["unreadable_images"] = ids
+    return metrics, results
 
 
 def evaluate_proposals(
@@ -254,13 +275,16 @@ def evaluate_proposals(
         process: this process.
 
     Returns:
-        The recalls on the main process, None on the others.
+        The recalls on the main process, with the `unreadable_images` of all processes if there are any; None on the
+        others.
     """
     was_training = model.training
+    unreadable: set[int] = set()
     boxes, scores, image_ids = [np.zeros((0, 4), np.float32)], [np.zeros(0, np.float32)], [np.zeros(0, np.int64)]
     for batch, proposals in propose(
         model, batches, device=process.device, precision=precision, show_progress=process.is_main
     ):
+        unreadable.update(batch.unreadable.tolist())
         for image_id, (boxes_of_image, scores_of_image) in zip(batch.image_ids.tolist(), proposals, strict=True):
             boxes.append(boxes_of_image.numpy())
             scores.append(scores_of_image.numpy())
@@ -268,10 +292,14 @@ def evaluate_proposals(
     model.train(was_training)
     xywh, ids = np.concatenate(boxes), np.concatenate(image_ids)
     xywh[:, 2:] -= xywh[:, :2]
-    gathered = process.gather(
-        ScoredBoxes(boxes=xywh, scores=np.concatenate(scores), image_ids=ids, category_ids=np.zeros_like(ids))
-    )
-    return score_proposals(truth, ScoredBoxes.join(gathered), backend=backend) if process.is_main else None
+    own = ScoredBoxes(boxes=xywh, scores=np.concatenate(scores), image_ids=ids, category_ids=np.zeros_like(ids))
+    gathered = process.gather((own, unreadable))
+    if not process.is_main:
+        return None
+    metrics = score_proposals(truth, ScoredBoxes.join([of_process for of_process, _ in gathered]), backend=backend)
+    if unreadable_ids := sorted(set().union(*(ids for _, ids in gathered))):
+        metrics["unreadable_images"] = unreadable_ids
+    return metrics
 
 
 @torch.no_grad()
@@ -285,15 +313,40 @@ def _run(
     show_progress: bool,
     name: str,
 ) -> Iterator[tuple[Batch, Output]]:
-    """What `call` makes of each batch, in evaluation mode; the batch on the CPU, the output where it is."""
+    """What `call` makes of each batch, in evaluation mode; the batch on the CPU, the output where it is.
+
+    Raises:
+        InputError: no image can be read.
+    """
     model.train(False)
+    num_images = num_unreadable = 0
     for batch in tqdm(batches, desc=name, unit="batch", disable=None if show_progress else True, file=sys.stderr):
+        num_images += len(batch.image_ids)
+        num_unreadable += len(batch.unreadable)
+        if num_unreadable == num_images >= MAX_UNREADABLE:
+            raise InputError(
+                f"none of the first {num_images} images can be read; is the file system there, and data.val.images "
+                f"right? The last one: id {batch.image_ids[-1]}"
+            )
         with (
             explained_memory_errors(batch, remedy="Lower eval.batch_size or data.test_short_side"),
             autocast(device, precision),
         ):
             output = call(batch.to(device, non_blocking=True))
         yield batch, output
+
+
+def _is_readable(batch: Batch) -> Tensor:
+    """(N,) bool, on the CPU: whether the image could be read."""
+    return ~torch.isin(batch.image_ids, batch.unreadable)
+
+
+def _of_readable(batch: Batch, detections: Sequence[Detections]) -> list[Detections]:
+    """The detections of a batch, none in images that could not be read."""
+    return [
+        d if readable else Detections(boxes=d.boxes[:0], scores=d.scores[:0], labels=d.labels[:0])
+        for d, readable in zip(detections, _is_readable(batch).tolist(), strict=True)
+    ]
 
 
 def _to_cpu(detections: Sequence[Detections]) -> list[Detections]:

@@ -7,6 +7,7 @@ import signal
 import time
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
+from functools import partial
 from types import FrameType, TracebackType
 from typing import Any, Self
 
@@ -38,6 +39,7 @@ def train(
     process: Process,
     log: RunLog,
     skipped: SkippedSteps,
+    note_unreadable: Callable[[list[int]], None],
     save: Callable[[int], None],
     evaluate: Callable[[int], None],
     accumulate: int = 1,
@@ -65,6 +67,8 @@ def train(
         process: this process among all.
         log: where scalars go.
         skipped: counts the steps that are not finite, and ends the run beyond its limit.
+        note_unreadable: called on the main process with the ids of images that could not be read and were replaced; may
+            end the run by an `InputError`.
         save: called with the number of steps done, in every process, every `save_every` steps and before stopping.
         evaluate: called likewise every `evaluate_every` steps (0: never) but not at the end; saving comes first.
         accumulate: micro-batches per step.
@@ -152,7 +156,9 @@ def train(
             saving = done % save_every == 0 or done == num_steps or stopping
             evaluating = bool(evaluate_every) and done % evaluate_every == 0 and done < num_steps
             if done % log_every == 0 or saving or evaluating:  # nothing is saved before it proved finite
-                scalars, failed = window.close(process)
+                scalars, failed, unreadable = window.close(process)
+                if unreadable is not None:
+                    process.from_main(partial(note_unreadable, unreadable))
                 for failure in failed:
                     log.message(failure.summary())
                 if failed:
@@ -223,6 +229,7 @@ class Window:
         """Forget everything and start the clock."""
         self._steps: list[tuple[int, float, list[Batch]]] = []
         self._rows: list[Tensor] = []
+        self._unreadable: list[int] = []
         self._num_images = 0
         self._waited = 0.0
         self._since = time.perf_counter()
@@ -232,6 +239,7 @@ class Window:
         self._names = list(values)
         self._micro.append(torch.stack([value.detach().float() for value in values.values()]))
         self._batches.append(batch.without_pixels())
+        self._unreadable += batch.unreadable.tolist()
         self._num_images += len(batch.images)
 
     def end_step(self, step: int, *, lr: float, norms: Tensor, finite: Tensor, loss_scale: Tensor) -> None:
@@ -245,12 +253,23 @@ class Window:
         """Add time spent waiting for data."""
         self._waited += seconds
 
-    def close(self, process: Process) -> tuple[dict[str, float], list[FailedStep]]:
-        """Means over the finite steps and the processes, with throughput; the other steps. Restarts (collective)."""
+    def close(self, process: Process) -> tuple[dict[str, float], list[FailedStep], list[int] | None]:
+        """Sum up, and restart (collective).
+
+        Returns:
+            scalars: means over the finite steps and the processes, and throughput.
+            failed: the other steps, as this process saw them.
+            unreadable: on the main process, ids of images that some process could not read; None if all could be read.
+        """
         rows = torch.stack(self._rows)
         finite = rows[:, 0] > 0
-        sums = process.mean(torch.where(finite[:, None], rows, 0).sum(0))
-        num_finite, _, *totals = torch.cat([finite.sum()[None], sums[1:]]).tolist()  # waits for the device, once
+        sums = torch.where(finite[:, None], rows, 0).sum(0)
+        sums[1] = len(self._unreadable)  # in the place of the loss scale, whose mean nobody needs
+        sums = process.mean(sums)
+        num_finite, unreadable_share, *totals = torch.cat([finite.sum()[None], sums[1:]]).tolist()  # waits, once
+        unreadable = None
+        if unreadable_share:
+            unreadable = sorted({image_id for ids in process.gather(self._unreadable) for image_id in ids})
         elapsed = time.perf_counter() - self._since
         scalars: dict[str, float] = {}
         num_values = len(self._names)
@@ -265,7 +284,7 @@ class Window:
             scalars["speed/peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
         failed = self._failed(rows) if num_finite < len(self._rows) else []
         self.restart()
-        return scalars, failed
+        return scalars, failed, unreadable
 
     def _failed(self, rows: Tensor) -> list[FailedStep]:
         failed = []

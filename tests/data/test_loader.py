@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import gc
 import io
 import itertools
@@ -10,6 +11,7 @@ import multiprocessing
 import os
 import pickle
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,7 +19,7 @@ import textwrap
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import redirect_stderr
+from contextlib import redirect_stderr, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,13 +33,19 @@ from fpn_det.cli import user_errors
 from fpn_det.data import loader
 from fpn_det.data.coco import CocoAnnotations, load_coco
 from fpn_det.data.loader import (
+    MAX_REPLACEMENTS,
     WINDOW_BATCHES,
+    BatchLoader,
     DetectionDataset,
     Key,
+    OnUnreadable,
     TestSampler,
     TrainSampler,
     collate,
+    explain_unreadable,
     make_loader,
+    why_unreadable,
+    worker_errors,
 )
 from fpn_det.data.proposals import FixedProposals, ImageProposals, read_proposals, write_proposals
 from fpn_det.data.transforms import TestTransform, TrainTransform
@@ -321,9 +329,20 @@ def annotations(tmp_path_factory: pytest.TempPathFactory) -> CocoAnnotations:
 TRAIN = TrainTransform(short_sides=(32, 40, 48), long_side=80, horizontal_flip=0.5, vertical_flip=0.5)
 
 
-def batches(annotations: CocoAnnotations, *, num_workers: int, start_step: int = 0) -> Iterator[Any]:
-    sampler = TrainSampler(annotations.sizes, batch_size=4, seed=5, start_step=start_step)
-    return iter(make_loader(DetectionDataset(annotations, TRAIN), sampler, num_workers=num_workers, pin_memory=False))
+def train_loader(
+    annotations: CocoAnnotations, *, num_workers: int, on_unreadable: OnUnreadable = "fail", **of_sampler: int
+) -> BatchLoader:
+    sampler = TrainSampler(annotations.sizes, batch_size=4, seed=5, **of_sampler)
+    dataset = DetectionDataset(annotations, TRAIN, on_unreadable=on_unreadable)
+    return make_loader(dataset, sampler, num_workers=num_workers, pin_memory=False)
+
+
+def batches(annotations: CocoAnnotations, *, num_workers: int, **options: Any) -> Iterator[Any]:
+    return iter(train_loader(annotations, num_workers=num_workers, **options))
+
+
+def workers_of(loader: BatchLoader) -> list[multiprocessing.Process]:
+    return loader._iterator._workers
 
 
 def identical(one: Batch, other: Batch) -> bool:
@@ -465,6 +484,133 @@ def test_a_bad_image_is_named_in_one_line(annotations: CocoAnnotations, tmp_path
         next(batches(bad, num_workers=num_workers))
 
 
+# Images that cannot be read
+
+
+@pytest.fixture
+def broken(annotations: CocoAnnotations, tmp_path: Path) -> CocoAnnotations:
+    """Images 100 (truncated), 97 (missing) and 92 (of another size) of the ten cannot be read."""
+    folder = tmp_path / "broken"
+    shutil.copytree(annotations.folder, folder)
+    data = load_coco(annotations.source, folder)
+    (folder / "0.jpg").write_bytes((folder / "0.jpg").read_bytes()[:-50])
+    (folder / "3.jpg").unlink()
+    Image.new("RGB", (7, 8)).save(folder / "8.jpg")
+    return data
+
+
+UNREADABLE = {100, 97, 92}
+
+
+def test_an_unreadable_image_is_replaced_by_one_that_the_seed_decides(
+    annotations: CocoAnnotations, broken: CocoAnnotations
+) -> None:
+    """The same for any number of workers and processes and after resuming; all else is as without the broken files."""
+    options: dict[str, Any] = {"on_unreadable": "replace"}
+    straight = list(itertools.islice(batches(broken, num_workers=0, **options), 20))
+    parallel = list(itertools.islice(batches(broken, num_workers=2, **options), 20))
+    resumed = list(itertools.islice(batches(broken, num_workers=0, start_step=7, **options), 13))
+    shares = [batches(broken, num_workers=0, rank=r, world_size=2, **options) for r in (0, 1)]
+    assert all(identical(a, b) for a, b in zip(straight, parallel, strict=True))
+    assert all(identical(a, b) for a, b in zip(straight[7:], resumed, strict=True))
+
+    healthy = itertools.islice(batches(annotations, num_workers=0), 20)
+    replaced = []
+    for batch, expected in zip(straight, healthy, strict=True):
+        halves = [next(share) for share in shares]
+        assert batch.unreadable.tolist() == [i for half in halves for i in half.unreadable.tolist()]
+        assert batch.image_ids.tolist() == [i for half in halves for i in half.image_ids.tolist()]
+        assert not UNREADABLE & set(batch.image_ids.tolist())
+        assert set(batch.unreadable.tolist()) == UNREADABLE & set(batch.unreadable.tolist())
+        for i, image_id in enumerate(expected.image_ids.tolist()):
+            if image_id in UNREADABLE:
+                assert image_id in batch.unreadable
+                replaced.append(int(batch.image_ids[i]))
+            else:
+                assert batch.image_ids[i] == image_id
+                h, w = batch.sizes[i].tolist()
+                assert torch.equal(batch.images[i, :, :h, :w], expected.images[i, :, :h, :w])
+    assert len(replaced) > 15
+    assert len(set(replaced)) == 10 - len(UNREADABLE), "any other image, not the next one"
+
+
+def test_a_replacement_comes_with_its_own_boxes_and_ids(broken: CocoAnnotations) -> None:
+    dataset = DetectionDataset(broken, TRAIN, on_unreadable="replace")
+    for seed in range(40):
+        sample = dataset[3, seed]
+        index = 100 - sample.image_id
+        assert sample.unreadable[0] == 97
+        assert set(sample.unreadable) <= UNREADABLE
+        assert len(set(sample.unreadable)) == len(sample.unreadable)
+        assert sample.original_size == tuple(broken.sizes[index].tolist())
+        assert len(sample.boxes) == len(broken.targets(index)[0])
+        assert dataset[5, seed].unreadable == ()
+    lengths = {len(dataset[3, seed].unreadable) for seed in range(40)}
+    assert lengths >= {1, 2}, "a replacement that cannot be read either is named, too"
+
+
+@pytest.mark.parametrize("on_unreadable", ["fail", "replace"])
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_file_system_that_is_gone_ends_the_run(
+    annotations: CocoAnnotations, tmp_path: Path, on_unreadable: OnUnreadable, num_workers: int
+) -> None:
+    gone = replace(annotations, folder=tmp_path / "gone")
+    with pytest.raises(InputError, match="cannot read the image") as caught:
+        next(batches(gone, num_workers=num_workers, on_unreadable=on_unreadable))
+    many = f"{MAX_REPLACEMENTS + 1} images in a row, drawn at random from {tmp_path}/gone, could not be read"
+    assert (many in str(caught.value)) == (on_unreadable == "replace")
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_the_evaluation_gets_a_blank_image_that_changes_no_other(
+    annotations: CocoAnnotations, broken: CocoAnnotations, num_workers: int
+) -> None:
+    """Nor the padding of its batch."""
+    transform, sampler = TestTransform(short_side=32, long_side=64), TestSampler(annotations.sizes, batch_size=4)
+    healthy, blank = (
+        list(make_loader(dataset, sampler, num_workers=num_workers, pin_memory=False))
+        for dataset in (
+            DetectionDataset(annotations, transform),
+            DetectionDataset(broken, transform, on_unreadable="blank"),
+        )
+    )
+    assert {i for batch in blank for i in batch.unreadable.tolist()} == UNREADABLE
+    for batch, expected in zip(blank, healthy, strict=True):
+        assert torch.equal(batch.sizes, expected.sizes)
+        assert torch.equal(batch.image_ids, expected.image_ids)
+        assert torch.equal(batch.original_sizes, expected.original_sizes)
+        is_blank = torch.isin(batch.image_ids, batch.unreadable)
+        assert torch.equal(batch.images[~is_blank], expected.images[~is_blank])
+        assert batch.images[is_blank].count_nonzero() == 0
+
+
+def test_a_blank_image_of_an_absurd_annotation_costs_no_memory(broken: CocoAnnotations) -> None:
+    """A hundred thousand pixels high and wide: 30 GB."""
+    absurd = replace(broken, sizes=torch.full_like(broken.sizes, 100_000))
+    dataset = DetectionDataset(absurd, TestTransform(short_side=32, long_side=64), on_unreadable="blank")
+    sample = dataset[3, 0]
+    assert sample.image.shape == (3, 32, 32)
+    assert sample.unreadable == (97,)
+
+
+def test_the_reason_is_found_by_the_id(broken: CocoAnnotations) -> None:
+    reasons = [why_unreadable(broken, image_id) for image_id in (100, 97, 92, 99)]
+    for reason, name, part in zip(
+        reasons,
+        (0, 3, 8, 1),
+        ("image file is truncated", "No such file", "the image is 7x8", "could not be read before, and can be now"),
+        strict=True,
+    ):
+        assert reason.startswith(f"{broken.folder / str(name)}.jpg: ")
+        assert part in reason
+    assert explain_unreadable(broken, [100, 97]) == [f"unreadable: {reason}" for reason in reasons[:2]]
+    assert explain_unreadable(broken, [97, 100, 92], limit=1) == [
+        f"unreadable: {reasons[1]}",
+        "unreadable: 2 more, ids 100, 92",
+    ]
+    assert explain_unreadable(broken, []) == []
+
+
 # Signals
 
 LEFT_OVER = """
@@ -502,9 +648,10 @@ def test_workers_do_not_keep_an_ending_process_alive(annotations: CocoAnnotation
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
 def test_workers_outlive_a_signal_to_all(annotations: CocoAnnotations, name: str) -> None:
     """Ctrl-C and the end of a cluster job reach every process; the main one still finishes its step."""
-    stream = batches(annotations, num_workers=1)
+    loader = train_loader(annotations, num_workers=1)
+    stream = iter(loader)
     next(stream)
-    [worker] = stream._workers
+    [worker] = workers_of(loader)
     os.kill(worker.pid, getattr(signal, name))
     time.sleep(0.3)
     expected = batches(annotations, num_workers=0)
@@ -512,6 +659,123 @@ def test_workers_outlive_a_signal_to_all(annotations: CocoAnnotations, name: str
     for _ in range(5):  # more than what was prefetched
         assert identical(next(stream), next(expected))
     assert worker.is_alive()
-    del stream
+    del stream, loader
     worker.join(5)
     assert worker.exitcode == 0
+
+
+# Workers that die, and workers that are left
+
+
+DEATH = """
+    import os, signal, sys
+    from pathlib import Path
+    from fpn_det.cli import user_errors
+    from fpn_det.data.coco import load_coco
+    from fpn_det.data.loader import DetectionDataset, TrainSampler, make_loader
+    from fpn_det.data.transforms import TestTransform
+
+    data = load_coco(Path(sys.argv[1]), Path(sys.argv[1]).parent)
+    loader = make_loader(
+        DetectionDataset(data, TestTransform(short_side=32, long_side=64)),
+        TrainSampler(data.sizes, batch_size=2, seed=0), num_workers=2, pin_memory=False,
+    )
+    with user_errors():
+        for step, batch in enumerate(loader):
+            if step == 3:
+                if sys.argv[2] == "unnoticed":
+                    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+                os.kill(loader._iterator._workers[0].pid, signal.SIGKILL)
+            sum(range(100_000))  # torch raises its error here, or while the next batch is awaited
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such signals")
+@pytest.mark.parametrize("signal_is", ["noticed", "unnoticed"])
+def test_a_worker_that_dies_is_one_clear_error(annotations: CocoAnnotations, signal_is: str) -> None:
+    """Also where another library took the signal by which torch notices; in a process of its own, for torch would
+    raise the error again in this one."""
+    command = [sys.executable, "-c", textwrap.dedent(DEATH), str(annotations.source), signal_is]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2, done.stderr
+    [line] = done.stderr.splitlines()
+    assert line.startswith("error: a process that loads images died (")  # as torch says it, or as a broken connection
+    for part in ("data.num_workers", "/dev/shm", "tools/check_data.py"):
+        assert part in line
+
+
+@pytest.mark.parametrize("error", [ConnectionResetError(104, "reset by peer"), EOFError()], ids=repr)
+def test_a_worker_that_dies_while_it_hands_over_a_batch(error: Exception) -> None:
+    """torch asks for the batch before it knows of the death; outside of the loader these are errors like others."""
+    with pytest.raises(InputError, match=r"a process that loads images died \((.*reset by peer|EOFError)\)"):
+        list(loader._naming_errors(map(raise_it, [error])))
+    with pytest.raises(type(error)), worker_errors():
+        raise error
+
+
+def raise_it(error: Exception) -> None:
+    raise error
+
+
+@pytest.mark.parametrize("awaiting", [False, True])
+def test_other_errors_stay_what_they_are(awaiting: bool) -> None:
+    with pytest.raises(RuntimeError, match="shapes differ") as caught, worker_errors(awaiting=awaiting):
+        raise RuntimeError("shapes differ")
+    assert not isinstance(caught.value, InputError)
+
+
+KILLED = """
+    import fcntl, os, sys, time
+    from pathlib import Path
+    from fpn_det.data.coco import load_coco
+    from fpn_det.data.loader import DetectionDataset, TrainSampler, make_loader
+    from fpn_det.data.transforms import TestTransform
+
+    lock = open(sys.argv[2], "w")
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    data = load_coco(Path(sys.argv[1]), Path(sys.argv[1]).parent)
+    loader = make_loader(
+        DetectionDataset(data, TestTransform(short_side=32, long_side=64)),
+        TrainSampler(data.sizes, batch_size=2, seed=0), num_workers=2, pin_memory=False,
+    )
+    stream = iter(loader)
+    next(stream)
+    print(*(worker.pid for worker in loader._iterator._workers), flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such locks")
+def test_workers_of_a_killed_process_leave_and_let_go_of_its_locks(
+    annotations: CocoAnnotations, tmp_path: Path
+) -> None:
+    """They look for their parent every 5 seconds; until then they hold what they inherited."""
+    command = [sys.executable, "-c", textwrap.dedent(KILLED), str(annotations.source), str(tmp_path / "lock")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        workers = [int(pid) for pid in process.stdout.readline().split()]
+        assert len(workers) == 2
+        process.kill()
+        process.wait()
+        lock = (tmp_path / "lock").open()
+        with pytest.raises(BlockingIOError):
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        deadline = time.monotonic() + 20
+        while any(map(is_running, workers)) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert not any(map(is_running, workers))
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        lock.close()
+
+
+def is_running(pid: int) -> bool:
+    """Whether any thread is left; a process whose parent does not fetch its exit code stays listed without one."""
+    tasks = Path(f"/proc/{pid}/task")
+    if not tasks.parent.parent.exists():  # macOS
+        with suppress(ProcessLookupError):
+            os.kill(pid, 0)
+            return True
+        return False
+    with suppress(FileNotFoundError, ProcessLookupError):
+        return any((task / "stat").read_text().rpartition(")")[2].split()[0] not in "ZX" for task in tasks.iterdir())
+    return False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import random
 from pathlib import Path
@@ -13,18 +14,20 @@ import torch
 
 from fpn_det.data.loader import collate
 from fpn_det.data.transforms import TestTransform
-from fpn_det.engine.coco_eval import GroundTruth, read_ground_truth
+from fpn_det.engine.coco_eval import GroundTruth, format_proposal_table, format_table, read_ground_truth
 from fpn_det.engine.distributed import Process
 from fpn_det.engine.evaluate import (
+    MAX_UNREADABLE,
     View,
     detect,
     evaluate,
     evaluate_proposals,
     from_coco_results,
     merge_views,
+    propose,
     to_coco_results,
 )
-from fpn_det.structures import Batch, Categories, Detections, Proposals, Sample
+from fpn_det.structures import Batch, Categories, Detections, InputError, Proposals, Sample
 
 CATEGORIES = Categories((3, 7), ("cat", "dog"))
 CPU = torch.device("cpu")
@@ -388,3 +391,90 @@ def test_recall_of_proposals(tmp_path, backend):
         other, main = Other(rank=1, world_size=2), Main(world_size=2)
         assert evaluate_proposals(Proposing(), batches[split:], **options, process=other) is None
         assert evaluate_proposals(Proposing(), batches[:split], **options, process=main) == metrics
+
+
+# Images that could not be read
+
+
+def unreadable(batch: Batch, *image_ids: int) -> Batch:
+    return dataclasses.replace(batch, unreadable=torch.tensor(image_ids))
+
+
+class Sharing(Process):
+    """Processes that run one after the other, the main one last."""
+
+    sent: list[Any]
+
+    def gather(self, value: Any) -> list[Any]:
+        self.sent.insert(0, value)
+        return self.sent if self.is_main else []
+
+
+def test_nothing_is_found_in_an_image_that_could_not_be_read(tmp_path):
+    """Not even in another view of it; the metrics name those of all processes, the table says why they are low."""
+    answers = {10: ([10.0, 5.0, 30.0, 15.0], 1), 11: ([0.0, 0.0, 15.0, 15.0], 1)}
+    whole = [batch_of((12, HALF, FULL), (11, HALF, FULL)), batch_of((10, HALF, FULL))]
+    [(_, [other, of_11]), (_, [of_10])] = detect(
+        Oracle(answers), [unreadable(whole[0], 12, 11), whole[1]], device=CPU, precision="fp32"
+    )
+    assert (len(other), len(of_11), len(of_10)) == (0, 0, 1)
+    assert (of_11.boxes.shape, of_11.labels.dtype) == ((0, 4), torch.int64)
+
+    options = {
+        "truth": ground_truth(tmp_path),
+        "categories": CATEGORIES,
+        "backend": "pycocotools",
+        "nms_thresh": 0.5,
+        "max_detections": 100,
+        "precision": "fp32",
+    }
+    for batches in ([unreadable(whole[0], 12, 11), whole[1]], [unreadable(whole[0], 11, 12), whole[1]]):
+        Sharing.sent = []
+        share = [[View(batches=batches[rank:][:1]), View(batches=batches[rank:][:1])] for rank in (0, 1)]
+        assert evaluate(Oracle(answers), share[0], **options, process=Sharing(rank=1, world_size=2)) is None
+        metrics, results = evaluate(Oracle(answers), share[1], **options, process=Sharing(rank=0, world_size=2))
+        assert metrics["unreadable_images"] == [11, 12]
+        assert metrics["AR100"] == pytest.approx(0.5)
+        assert results.image_ids.tolist() == [10]
+        assert json.loads(json.dumps(metrics)) == metrics
+        last = format_table(metrics).splitlines()[-1]
+        assert last == "images that could not be read, and count as if nothing was found there: 2 (ids 11, 12)"
+
+    metrics, _ = evaluate(Oracle(answers), [View(batches=whole)], **options, process=Process())
+    assert "unreadable_images" not in metrics
+    assert "could not be read" not in format_table(metrics)
+
+
+def test_nothing_is_proposed_in_an_image_that_could_not_be_read(tmp_path):
+    whole = [batch_of((12, HALF, FULL), (11, HALF, FULL)), batch_of((10, HALF, FULL))]
+    found = list(propose(Proposing(), [unreadable(whole[0], 12), whole[1]], device=CPU, precision="fp32"))
+    assert [[len(boxes) for boxes, _ in of_images] for _, of_images in found] == [[0, 1], [2]]
+    assert [[len(scores) for _, scores in of_images] for _, of_images in found] == [[0, 1], [2]]
+
+    options: dict[str, Any] = {"truth": ground_truth(tmp_path), "backend": "hotcoco", "precision": "fp32"}
+    Sharing.sent = []
+    other, main = Sharing(rank=1, world_size=2), Sharing(rank=0, world_size=2)
+    assert evaluate_proposals(Proposing(), [unreadable(whole[1], 10)], **options, process=other) is None
+    metrics = evaluate_proposals(Proposing(), [unreadable(whole[0], 12)], **options, process=main)
+    assert metrics["unreadable_images"] == [10, 12]
+    assert metrics["AR100"] == 0
+    assert (
+        format_proposal_table(metrics)
+        .splitlines()[-1]
+        .endswith("could not be read, and count as if nothing was found there: 2 (ids 10, 12)")
+    )
+    many = {**metrics, "unreadable_images": list(range(2000))}
+    assert ": 2,000 (ids 0, 1, 2, 3, 4, ...)" in format_proposal_table(many)
+
+
+def test_an_evaluation_without_any_image_is_refused_early():
+    """A folder that is gone gives no AP of 0 after an hour."""
+    batches = [unreadable(batch_of((i, HALF, FULL)), i) for i in [10, 11, 12] * 3 + [10]]
+    assert len(batches) == MAX_UNREADABLE
+    for call in (detect, propose):
+        model = Proposing() if call is propose else Oracle({})
+        with pytest.raises(InputError, match=r"none of the first 10 images can be read.*data\.val\.images.*id 10"):
+            list(call(model, batches, device=CPU, precision="fp32"))
+    one_good = [batch_of((99, HALF, FULL)), *batches, *batches]
+    assert len(list(detect(Oracle({}), one_good, device=CPU, precision="fp32"))) == 21
+    assert len(list(detect(Oracle({}), batches[1:], device=CPU, precision="fp32"))) == 9

@@ -82,6 +82,7 @@ class Run:
                 log=log,
                 scaler=self.scaler,
                 skipped=self.skipped,
+                note_unreadable=lambda image_ids: None,
                 evaluate=lambda step: self.calls.append(("evaluate", step)),
                 **options,
             )
@@ -410,6 +411,7 @@ def test_four_images_are_learned_by_heart(shapes, tiny, tmp_path):
             log=log,
             scaler=loss_scaler(torch.device("cpu"), "fp32"),
             skipped=SkippedSteps(limit=0),
+            note_unreadable=lambda image_ids: None,
             save=lambda step: None,
             evaluate=lambda step: None,
             clip_norm=10,
