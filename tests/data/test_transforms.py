@@ -130,7 +130,7 @@ def test_awkward_files_show_what_a_person_sees(test_data: Path) -> None:
 
     portrait = load("hopper_orientation_3.jpg")
     for name in ("hopper_orientation_6.jpg", "hopper_orientation_8.jpg", "hopper.Lab.tif"):
-        assert (load(name) - portrait).abs().mean() < 5, name
+        assert (load(name) - portrait).abs().mean() < 8, name
         assert (load(name) - portrait.flip(1)).abs().mean() > 30, name
     gray = torch.einsum("chw,c->hw", portrait, torch.tensor([0.299, 0.587, 0.114]))
     assert (load("hopper_gray.jpg") - gray).abs().mean() < 5
@@ -272,9 +272,9 @@ def test_a_jpeg_bomb_is_refused_by_its_header(tmp_path: Path, progressive: bool)
     data = bytearray(encode(picture(), "JPEG", progressive=progressive))
     frame = data.index(b"\xff\xc2" if progressive else b"\xff\xc0")
     data[frame + 5 : frame + 9] = (65000).to_bytes(2, "big") * 2
+    assert throw(lambda _: bytes(data), range(1), max_megabytes=100, max_seconds=30).failures == []
     with pytest.raises(InputError, match=r"more than the limit of 89,478,485 pixels.*cut it into tiles"):
         load_bytes(tmp_path, bytes(data))
-    assert throw(lambda _: bytes(data), range(1), max_megabytes=100).failures == []
 
 
 def chunk(kind: bytes, data: bytes) -> bytes:
