@@ -242,6 +242,14 @@ def test_collate_keeps_float_images() -> None:
     assert images[:, :, :33, :20].eq(0.5).all()
 
 
+def test_collate_lists_what_could_not_be_read() -> None:
+    samples = [sample(9, 9, 1), *(replace(sample(9, 9, 1), unreadable=ids) for ids in ((5, 2**63 - 1), (7,)))]
+    unreadable = collate(samples).unreadable
+    assert (unreadable.tolist(), unreadable.dtype) == ([5, 2**63 - 1, 7], torch.int64)
+    unreadable = collate(samples[:1]).unreadable
+    assert (unreadable.shape, unreadable.dtype) == ((0,), torch.int64)
+
+
 def test_collate_to_another_divisor() -> None:
     assert collate([sample(65, 128, 1)], size_divisor=64).images.shape == (1, 3, 128, 128)
 
@@ -550,13 +558,12 @@ def test_a_replacement_comes_with_its_own_boxes_and_ids(broken: CocoAnnotations)
 
 
 @pytest.mark.parametrize("on_unreadable", ["fail", "replace"])
-@pytest.mark.parametrize("num_workers", [0, 1])
 def test_a_file_system_that_is_gone_ends_the_run(
-    annotations: CocoAnnotations, tmp_path: Path, on_unreadable: OnUnreadable, num_workers: int
+    annotations: CocoAnnotations, tmp_path: Path, on_unreadable: OnUnreadable
 ) -> None:
     gone = replace(annotations, folder=tmp_path / "gone")
     with pytest.raises(InputError, match="cannot read the image") as caught:
-        next(batches(gone, num_workers=num_workers, on_unreadable=on_unreadable))
+        next(batches(gone, num_workers=0, on_unreadable=on_unreadable))
     many = f"{MAX_REPLACEMENTS + 1} images in a row, drawn at random from {tmp_path}/gone, could not be read"
     assert (many in str(caught.value)) == (on_unreadable == "replace")
 

