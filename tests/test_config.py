@@ -411,7 +411,7 @@ def test_parts_that_do_not_fit_together():
         ("train.steps=true", "train.steps: must be a valid integer, received true"),
         ("train.steps=1.5", "train.steps: must be a valid integer, received 1.5"),
         ("train.steps=0", "train.steps: must be greater than or equal to 1, received 0"),
-        ("train.precision=fp16", "train.precision: must be 'fp32' or 'bf16', received \"fp16\""),
+        ("train.precision=fp8", "train.precision: must be 'fp32', 'bf16' or 'fp16', received \"fp8\""),
         ("name=5", "name: must be a valid string, received 5"),
         ("name=a/b", "name: must not contain a slash, received 'a/b'"),
         ("data.val.images=5", "data.val.images: must be a valid string, received 5"),

@@ -416,8 +416,8 @@ def test_eval_counts_an_unreadable_image_as_one_without_detections(
     tool, tiny, finished, broken_val, tmp_path, proposals
 ):
     override, path, image_id = broken_val
-    arguments = ["--checkpoint", finished / "final.pth", "--output-dir", tmp_path, *["--proposals"] * proposals]
-    outcome = tool("eval", *tiny, override, *arguments)
+    options = [*tiny, "model.roi_head.score_thresh=0", "--checkpoint", finished / "final.pth"]
+    outcome = tool("eval", *options, override, "--output-dir", tmp_path, *["--proposals"] * proposals)
     assert outcome.code == 1
     assert outcome.err.startswith(f"unreadable: {path}: cannot decode the image (OSError: image file is truncated")
     assert outcome.err.count("\n") == 1
@@ -426,7 +426,8 @@ def test_eval_counts_an_unreadable_image_as_one_without_detections(
         assert json.loads((tmp_path / "proposal_metrics.json").read_text())["unreadable_images"] == [image_id]
         return
     assert json.loads((tmp_path / "metrics.json").read_text())["unreadable_images"] == [image_id]
-    expected = json.loads((finished / "predictions.json").read_text())
+    assert tool("eval", *options, "--output-dir", tmp_path / "whole").code == 0
+    expected = json.loads((tmp_path / "whole/predictions.json").read_text())
     others = [r for r in expected if r["image_id"] != image_id]
     assert len(others) < len(expected)
     assert json.loads((tmp_path / "predictions.json").read_text()) == others
@@ -639,13 +640,34 @@ def test_annotation_files_that_are_no_json(tool, tiny, tmp_path, text, words):
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
-def test_a_broken_image_in_training(tool, tiny, shapes, tmp_path, num_workers):
-    images = tmp_path / "train"
+def test_broken_images_in_training(tool, tiny, shapes, tmp_path, num_workers):
+    """One is replaced, named and counted; the whole is the same after an interruption. Too many end the run."""
+    images, run = tmp_path / "train", tmp_path / "run"
     shutil.copytree(shapes / "train", images)
-    for path in images.iterdir():
+    paths = sorted(images.iterdir())
+    paths[3].write_bytes(paths[3].read_bytes()[:200])
+    options = [*tiny, f"data.train.images={images}", f"data.num_workers={num_workers}", "train.save_every=4"]
+    outcome = tool("train", *options, "--output-dir", run)
+    assert (outcome.code, outcome.err) == (0, "")
+    [line] = [line for line in outcome.out.splitlines() if line.startswith("replaced by another image")]
+    assert f"{paths[3]}: cannot decode the image" in line
+    report = json.loads((run / "data_report.json").read_text())["splits"]["train"]
+    [problem] = [p for p in report["problems"] if p["what"] == "image"]
+    assert (problem["defect"], str(paths[3]) in problem["value"]) == ("IMAGE_UNREADABLE", True)
+    assert report["num_images"]["left_out"] == 1
+
+    resumed = tmp_path / "resumed"
+    resumed.mkdir()
+    shutil.copy(run / "step_00000004.pth", resumed)
+    assert tool("train", *options, "--output-dir", resumed, "--resume").code == 0
+    assert_same(load_checkpoint(run / "final.pth")["model"], load_checkpoint(resumed / "final.pth")["model"])
+
+    fails(tool("train", *options, "data.on_error=fail", "--output-dir", tmp_path / "strict"), f"{paths[3]}: cannot")
+    outcome = tool("train", *options, "data.drop_limit=0.04", "--output-dir", tmp_path / "limited")
+    fails(outcome, "1 of the 24 images (4.2%) cannot be used", "during training", "data.drop_limit 0.04")
+    for path in paths:
         path.write_bytes(path.read_bytes()[:200])
-    options = [f"data.train.images={images}", f"data.num_workers={num_workers}", "--output-dir", tmp_path / "run"]
-    fails(tool("train", *tiny, *options), str(images), ".jpg: cannot decode the image")
+    fails(tool("train", *options, "--output-dir", tmp_path / "none"), str(images), "11 images in a row", "file system")
 
 
 def test_checkpoints_that_do_not_fit(tool, tiny, finished, shapes, altered, tmp_path):

@@ -12,7 +12,7 @@ from typing import Literal
 from fpn_det.data.coco import CocoAnnotations
 from fpn_det.data.loader import why_unreadable
 from fpn_det.data.problems import Defect, Problem, shown
-from fpn_det.structures import InputError
+from fpn_det.structures import InputError, printable
 
 
 def train_refusals(data: CocoAnnotations, *, on_error: Literal["drop", "fail"], drop_limit: float) -> list[str]:
@@ -142,7 +142,7 @@ class UnreadableImages:
         lines = []
         for image_id in new:
             reason = why_unreadable(self.data, image_id)
-            self._problems[indices[image_id]] = Problem(Defect.IMAGE_UNREADABLE, None, image_id, shown(reason))
+            self._problems[indices[image_id]] = Problem(Defect.IMAGE_UNREADABLE, None, image_id, printable(reason))
             lines.append(f"replaced by another image: {reason}")
         return lines
 

@@ -9,6 +9,7 @@ import os
 import signal
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -358,14 +359,18 @@ def test_window_means():
         step(value)
         window.waited(0.0)
     step(math.nan, finite=False)
-    scalars, [failed] = window.close(Process())
+    scalars, [failed], unreadable = window.close(Process())
+    assert unreadable is None
     assert (scalars["train/loss"], scalars["train/grad_norm"]) == (3.0, 5.0)
     assert scalars["speed/images_per_s"] * scalars["speed/s_per_step"] == pytest.approx(4)
     assert (failed.step, failed.lr, failed.image_ids()) == (7, 0.1, [0, 1, 0, 1])
     assert all(len(batch.images.untyped_storage()) == 0 for batch in failed.batches)  # pixels are not kept
     step(7.0)
-    scalars, failures = window.close(Process())
+    window.add(replace(batch_of([3]), unreadable=torch.tensor([9, 4, 9])), {"loss": torch.tensor(7.0)})
+    step(7.0)
+    scalars, failures, unreadable = window.close(Process())
     assert (scalars["train/loss"], failures) == (7.0, [])  # nothing left over
+    assert unreadable == [4, 9]
 
 
 def test_format_seconds():
