@@ -146,6 +146,7 @@ def _note(report: Report, number: int, outcome: str) -> None:
 def _load_all(make: Callable[[int], bytes], numbers: range, max_megabytes: float, sender: Connection) -> None:
     """Send the outcome of each input; decoders written in C complain on a standard error that nobody reads."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+    torch.set_num_threads(1)  # the threads of the parent did not come along
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "image"
         for number in numbers:

@@ -174,6 +174,7 @@ def test_a_start_finds_no_traces_of_an_earlier_one():
 
         def child(rank: int, attempt: int = attempt, queue: Any = queue) -> None:
             os.environ.update(job(rank, port) | {"TORCHELASTIC_USE_AGENT_STORE": "True"})
+            torch.set_num_threads(1)
             if rank == 1:
                 time.sleep(0.3)  # the main process looks first, and finds what was
             with launched_process("cpu", timeout=timedelta(seconds=20)) as process:

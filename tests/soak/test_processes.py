@@ -6,12 +6,14 @@ import os
 import re
 import signal
 import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from fpn_det.engine.checkpoint import load_checkpoint
-from tests.soak.conftest import TRAIN, Show, torchrun, until
+from tests.soak.conftest import ROOT, TRAIN, Show, torchrun, until
 
 NUM_STEPS = 40
 
@@ -88,3 +90,25 @@ def test_two_jobs_cannot_write_one_folder(start, options):
     assert "another run writes there" in second.text()
     assert job.wait() == 0, job.text()
     assert Path(options[-1], "final.pth").exists()
+
+
+def test_the_slurm_script(start, options, tmp_path):
+    """With commands in the place of Slurm's that say and do what those would on one machine."""
+    commands = tmp_path / "bin"
+    commands.mkdir()
+    for name, script in {
+        "scontrol": "echo 127.0.0.1; echo other",
+        "srun": 'exec "$@"',
+        "torchrun": f'exec {sys.executable} -m torch.distributed.run "$@"',
+    }.items():
+        (commands / name).write_text(f"#!/bin/sh\n{script}\n")
+        (commands / name).chmod(0o755)
+    variables = {"SLURM_JOB_NODELIST": "x", "SLURM_JOB_ID": "41234", "SLURM_JOB_NUM_NODES": "1"}
+    environment = os.environ | variables | {"SLURM_GPUS_ON_NODE": "2", "OMP_NUM_THREADS": "1"}
+    environment["PATH"] = f"{commands}:{environment['PATH']}"
+    script = ["bash", str(ROOT / "tools/train.sbatch"), *options, "train.steps=4"]
+    for expected in ("training 4 steps", "resuming at step 4 of 4 steps"):
+        done = subprocess.run(script, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert expected in done.stdout
+        assert "on 2 x cpu" in done.stdout
