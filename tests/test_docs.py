@@ -15,8 +15,9 @@ from fpn_det.config import Config, parse_config
 ROOT = Path(__file__).parent.parent
 FIDELITY = (ROOT / "docs/fidelity.md").read_text(encoding="utf-8")
 CODE = re.findall(r"`([^`\n]+)`", FIDELITY)
-SECURITY = re.findall(r"`([^`\n]+)`", (ROOT / "SECURITY.md").read_text(encoding="utf-8"))
-TESTS = sorted({code for code in [*CODE, *SECURITY] if "::" in code})
+RELIABILITY = (ROOT / "docs/reliability.md").read_text(encoding="utf-8")
+PROMISES = re.findall(r"`([^`\n]+)`", (ROOT / "SECURITY.md").read_text(encoding="utf-8") + RELIABILITY)
+TESTS = sorted({code for code in [*CODE, *PROMISES] if "::" in code})
 DEFAULTS = sorted({code for code in CODE if re.match(r"[a-z_0-9]+\.[a-z_0-9.]+: ", code)})
 OVERRIDES = sorted({code for code in CODE if re.match(r"[a-z_0-9]+\.[a-z_0-9.]+=", code)})
 
@@ -54,6 +55,16 @@ def test_every_promise_of_security_has_a_test():
     assert len(rows) > 10
     for row in rows:
         assert "`tests/" in row.strip("|").split("|")[-1], row
+
+
+def test_every_fault_has_an_outcome_and_a_test():
+    rows = [line for line in RELIABILITY.split("\n") if line.startswith("|") and not re.match(r"\|( fault|---)", line)]
+    assert len(rows) > 40
+    for row in rows:
+        cells = [cell.strip() for cell in row.strip("|").split("|")]
+        assert len(cells) == 3, row
+        assert all(cells), row
+        assert "`tests/" in cells[2], row
 
 
 @pytest.mark.parametrize("name", TESTS)

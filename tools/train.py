@@ -261,11 +261,17 @@ def train_on(
 def check_stream(config: Config, data: CocoAnnotations, process: Process) -> checkpoint.State:
     """What determines which images make up which step, for the checkpoint; the same in all processes or refused."""
     stream = {"data_sha256": data.sha256(), "batch_size": config.train.batch_size, "seed": config.seed}
-    if stream != process.from_main(lambda: stream):
-        raise InputError(
-            f"{data.source}: process {process.rank} read other training data than the main process; copy the same "
-            "files to all machines"
-        )
+    streams = process.gather(stream)
+
+    def compare() -> None:
+        others = [str(rank) for rank, of_process in enumerate(streams) if of_process != stream]
+        if others:
+            raise InputError(
+                f"{data.source}: the processes {', '.join(others)} read other training data than the main process; "
+                "copy the same files to all machines"
+            )
+
+    process.from_main(compare)
     return stream
 
 

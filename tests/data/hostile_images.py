@@ -24,6 +24,8 @@ from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
+import torch
+
 from fpn_det.data.transforms import load_image
 from fpn_det.structures import InputError
 

@@ -628,6 +628,26 @@ def test_torchrun(tool, tiny, tmp_path):
     assert len({r["image_id"] for r in found}) == 8
 
 
+def test_processes_that_read_other_data_are_refused(tool, tiny, shapes, tmp_path):
+    """As when the files were copied to another machine and then corrected on one."""
+    content = json.loads((shapes / "annotations/train.json").read_text())
+    box = next(a for a in content["annotations"] if not a["iscrowd"])["bbox"]
+    box[2] -= 1
+    (tmp_path / "train.json").write_text(json.dumps(content))
+
+    def work() -> tuple[int, str]:
+        other = [f"data.train.annotations={tmp_path / 'train.json'}"] if os.environ["RANK"] == "1" else []
+        outcome = tool("train", *tiny, *other, "--output-dir", tmp_path / "run")
+        return outcome.code, outcome.err
+
+    (code, error), other = in_two_ranks(work)
+    assert code == 2
+    assert "the processes 1 read other training data than the main process" in error
+    assert error.count("\n") == 1
+    assert other == (2, "")
+    assert not list((tmp_path / "run").glob("*.pth"))
+
+
 def test_a_batch_that_does_not_divide_ends_all_processes(tool, tiny, tmp_path):
     def work() -> tuple[int, str]:
         outcome = tool("train", *tiny, "train.batch_size=3", "--output-dir", tmp_path / "run")
