@@ -76,6 +76,7 @@ def run(
         precision=config.train.precision,
         show_progress=process.is_main,
     ):
+        process.doing("proposing")
         unreadable += batch.unreadable.tolist()
         for image_id, (h, w), (boxes, scores) in zip(
             batch.image_ids.tolist(), batch.original_sizes.tolist(), proposals, strict=True

@@ -240,6 +240,7 @@ def evaluate(
             show_progress=process.is_main,
         ):
             unreadable.update(batch.unreadable.tolist())
+            process.doing("evaluating")
             for image_id, of_image in zip(batch.image_ids.tolist(), detections, strict=True):
                 found[image_id].append(of_image)
     model.train(was_training)
@@ -284,6 +285,7 @@ def evaluate_proposals(
     for batch, proposals in propose(
         model, batches, device=process.device, precision=precision, show_progress=process.is_main
     ):
+        process.doing("evaluating")
         unreadable.update(batch.unreadable.tolist())
         for image_id, (boxes_of_image, scores_of_image) in zip(batch.image_ids.tolist(), proposals, strict=True):
             boxes.append(boxes_of_image.numpy())

@@ -137,7 +137,8 @@ def train(
             if clip_norm is not None:
                 nn.utils.clip_grads_with_norm_([p for ps in parts.values() for p in ps], clip_norm, grad_norm)
             finite = grad_norm.isfinite()
-            step_if(finite, optimizer)
+            with explained_memory_errors(batch, remedy=remedy):  # the moments of AdamW come with its first step
+                step_if(finite, optimizer)
             scaler.update()
             running_statistics.restore_unless(finite)
             if ema is not None:
@@ -162,6 +163,8 @@ def train(
                 for failure in failed:
                     log.message(failure.summary())
                 if failed:
+                    # Weights that make a step fail may have made all fail: better to resume from before.
+                    saving = saving and (stopping or done == num_steps or failed[-1].step < step)
                     weights_finite = all(bool(p.isfinite().all()) for ps in parts.values() for p in ps)
                     try:
                         skipped.add(failed, precision=precision, weights_finite=weights_finite)

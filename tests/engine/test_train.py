@@ -303,6 +303,13 @@ def test_a_gradient_that_is_not_finite_is_named_by_its_part():
     assert torch.equal(run.model.weight, Toy().weight)
 
 
+def test_nothing_is_saved_from_a_step_that_was_skipped():
+    """But at the end, and when stopped: then nothing comes after."""
+    run = Run(Failing({4, 10}), max_skipped=2)
+    run(stream(2), num_steps=6, save_every=1)  # images 4 and 10: steps 2 and 5
+    assert run.calls == [("save", 1), ("save", 2), ("save", 4), ("save", 5), ("save", 6)]
+
+
 def test_what_was_skipped_before_counts_in_all_but_the_limit():
     run = Run(Failing({0}))
     run.skipped = SkippedSteps(limit=1, count=7)
