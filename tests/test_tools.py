@@ -386,7 +386,7 @@ def test_a_proposal_network_is_judged_by_its_recall(tool, tiny, shapes, tmp_path
     outcome = tool("train", *rpn, "--output-dir", folder)
     assert (outcome.code, outcome.err) == (0, "")
     assert outcome.out.rstrip().endswith(f"done: {folder}/final.pth, {folder}/metrics.json")
-    assert {p.name for p in folder.glob("*.json")} == {"metrics.json"}
+    assert {p.name for p in folder.glob("*.json")} == {"metrics.json", "data_report.json"}
     metrics = json.loads((folder / "metrics.json").read_text())
     assert list(metrics) == [*PROPOSAL_METRIC_NAMES, "step"]
     evaluations = [r for r in records(folder) if "val/AR1000" in r]

@@ -20,7 +20,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from fpn_det import build
-from fpn_det.cli import config_parser, user_errors
+from fpn_det.cli import config_parser, say, user_errors
 from fpn_det.config import Config, load_config
 from fpn_det.data.checks import check_same_categories, compare_splits
 from fpn_det.data.coco import CocoAnnotations
@@ -74,27 +74,27 @@ def check(config: Config, report: Path, *, quick: bool) -> int:
     if "train" in splits:  # last, because images that cannot be decoded count
         refused["train"] += build.split_refusals(config, "train", splits["train"])
 
-    print(format_counts(splits))
+    say(format_counts(splits))
     for name, data in splits.items():
-        print(f"\n{name}: {data.source}")
+        say(f"\n{name}: {data.source}")
         if name == "val" and any(p.defect.what == "annotation" for p in data.problems):
-            print(
+            say(
                 "  (The metrics take boxes as the file has them; what is left out or clipped here is in pictures only.)"
             )
-        print(format_problems(data.problems) or "  no problem")
+        say(format_problems(data.problems) or "  no problem")
     if between:
-        print(f"\ntraining and validation together:\n{format_problems(between)}")
+        say(f"\ntraining and validation together:\n{format_problems(between)}")
     reasons = [reason for split in SPLITS for reason in refused[split]]
     num_problems = len(between) + sum(len(data.problems) for data in splits.values())
     if reasons:
-        print("\ntraining would be refused:")
-        print("\n".join(f"  {reason}" for reason in reasons))
+        say("\ntraining would be refused:")
+        say("\n".join(f"  {reason}" for reason in reasons))
     elif num_problems:
-        print(f"\n{num_problems:,} problems; training would go on as said above")
+        say(f"\n{num_problems:,} problems; training would go on as said above")
     else:
-        print("\nnothing is wrong")
+        say("\nnothing is wrong")
     write_report(report, {split: splits.get(split) for split in SPLITS}, refused=refused, between=between)
-    print(f"written: {report}")
+    say(f"written: {report}")
     return 2 if reasons else 1 if num_problems else 0
 
 
