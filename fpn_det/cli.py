@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn, TextIO
 
+import torch
+
 from fpn_det.data.loader import worker_errors
 from fpn_det.structures import InputError, printable
 
@@ -54,6 +56,8 @@ def user_errors() -> Iterator[None]:
         if error.filename is None:  # not about a path, so not the user's to mend
             raise
         _fail(f"{error.filename}: {error.strerror}")
+    except torch.OutOfMemoryError as error:
+        _fail(f"{str(error).splitlines()[0]}; is another program on that GPU?")
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)

@@ -142,7 +142,7 @@ def test_checkpoints(finished, shapes):
     assert [c["index"] for c in final["categories"]] == list(range(len(final["categories"])))
     assert final["config"] == (finished / "config.yaml").read_text()
     assert final.keys() == {"model", "categories", "config", "step", "versions"}
-    assert last.keys() == final.keys() | {"optimizer", "ema", "stream", "skipped"}
+    assert last.keys() == final.keys() | {"optimizer", "ema", "stream", "skipped", "unreadable"}
     assert_same(final["model"], last["ema"])
     moved = [k for k, v in last["model"].items() if not torch.equal(v, last["ema"][k])]
     assert len(moved) > 50

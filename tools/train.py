@@ -110,9 +110,9 @@ def train_on(
     decay = config.train.ema_decay
     start_step = state["step"] if state is not None else 0
     ema = MovingAverage(model, decay=decay, num_updates=start_step) if decay else None
-    skipped = SkippedSteps(
-        limit=build.max_skipped(config, num_steps), count=state.get("skipped", 0) if state is not None else 0
-    )
+    resumed = state if state is not None else {}
+    skipped = SkippedSteps(limit=build.max_skipped(config, num_steps), state=resumed.get("skipped"))
+    unreadable = UnreadableImages(train_data, drop_limit=config.data.drop_limit, known=resumed.get("unreadable"))
     if state is not None:
         source = run_folder.step_path(folder, start_step)
         if start_step > num_steps:
@@ -131,7 +131,7 @@ def train_on(
     between, report_path = compare_splits(train_data, val_data), folder / "data_report.json"
     if process.is_main:
         write_text(folder / "config.yaml", dump_config(config))
-        write_report(report_path, {"train": train_data, "val": val_data}, between=between)
+        write_report(report_path, {"train": unreadable.without(), "val": val_data}, between=between)
     val_loader = build.build_val_loader(config, val_data, process=process)
     proposals_only = config.model.kind == "rpn"
     pictures = list(range(min(config.eval.tensorboard_images, len(val_data))))
@@ -151,6 +151,7 @@ def train_on(
         log.message(describe(config, model, train_data, num_steps, start_step, process))
         if state is not None:
             log.message(what_changed(state, config, stream) or "nothing has changed since that checkpoint")
+            state.clear()  # the weights need not be in memory twice
 
         def weights_for_use(step: int) -> checkpoint.State:
             return {
@@ -167,7 +168,8 @@ def train_on(
                     "model": model.state_dict(),
                     "optimizer": optimizer.state_dict(),
                     "stream": stream,
-                    "skipped": skipped.count,
+                    "skipped": skipped.state_dict(),
+                    "unreadable": unreadable.state_dict(),
                 }
                 if ema is not None:
                     resumable["ema"] = ema.module.state_dict()
@@ -210,12 +212,12 @@ def train_on(
                 checkpoint.save_checkpoint(folder / "final.pth", weights_for_use(step))
                 log.write_json("metrics.json", numbers)
 
-        unreadable = UnreadableImages(train_data, drop_limit=config.data.drop_limit)
-
         def note_unreadable(image_ids: list[int]) -> None:
-            for line in unreadable.note(image_ids):
+            lines = unreadable.note(image_ids)
+            for line in lines:
                 log.message(line)
-            write_report(report_path, {"train": unreadable.without(), "val": val_data}, between=between)
+            if lines:
+                write_report(report_path, {"train": unreadable.without(), "val": val_data}, between=between)
             if refusal := unreadable.refusal():
                 raise InputError(refusal)
 
@@ -223,6 +225,7 @@ def train_on(
         if start_step < num_steps:
             is_due = start_step > 0 and evaluate_every > 0 and start_step % evaluate_every == 0
             if is_due and process.from_main(lambda: not was_evaluated(log, start_step)):
+                process.doing("evaluating", start_step)
                 evaluate_at(start_step)  # stopped between saving and evaluating
             with StepProfiler(folder, log) if profile and process.is_main else nullcontext() as profiler:
                 done = train(

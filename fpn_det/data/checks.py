@@ -6,7 +6,7 @@ What is only seen in the image files themselves is found by `fpn_det.data.decodi
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 from fpn_det.data.coco import CocoAnnotations
@@ -128,37 +128,44 @@ class UnreadableImages:
     Args:
         data: what is trained on.
         drop_limit: the share of the images that may be left out in all (data.drop_limit).
+        known: what was found in an earlier part of the run (`state_dict`).
     """
 
-    def __init__(self, data: CocoAnnotations, *, drop_limit: float) -> None:
+    def __init__(self, data: CocoAnnotations, *, drop_limit: float, known: Mapping[int, str] | None = None) -> None:
         self.data = data
         self.drop_limit = drop_limit
-        self._problems: dict[int, Problem] = {}
+        self._reasons = dict(known or {})
+
+    def state_dict(self) -> dict[int, str]:
+        """What a resumed run must know: the ids, and why the images cannot be read."""
+        return dict(self._reasons)
 
     def note(self, image_ids: Sequence[int]) -> list[str]:
         """Note images, which may be known already; the path of each new one and why it cannot be read."""
-        indices = {image_id: index for index, image_id in enumerate(self.data.image_ids.tolist())}
-        new = [image_id for image_id in image_ids if indices[image_id] not in self._problems]
-        lines = []
-        for image_id in new:
-            reason = why_unreadable(self.data, image_id)
-            self._problems[indices[image_id]] = Problem(Defect.IMAGE_UNREADABLE, None, image_id, printable(reason))
-            lines.append(f"replaced by another image: {reason}")
-        return lines
+        new = {i: printable(why_unreadable(self.data, i)) for i in image_ids if i not in self._reasons}
+        self._reasons |= new
+        return [f"replaced by another image: {reason}" for reason in new.values()]
 
     def without(self) -> CocoAnnotations:
         """The data as they turned out to be, for the report."""
-        return self.data.without(self._problems)
+        indices = {image_id: index for index, image_id in enumerate(self.data.image_ids.tolist())}
+        return self.data.without(
+            {
+                indices[image_id]: Problem(Defect.IMAGE_UNREADABLE, None, image_id, reason)
+                for image_id, reason in self._reasons.items()
+                if image_id in indices
+            }
+        )
 
     def refusal(self) -> str:
         """Why the run must end; empty if it may go on."""
-        lost = self.data.num_images_lost + len(self._problems)
+        lost = self.data.num_images_lost + len(self._reasons)
         total = self.data.num_images_lost + len(self.data)
         if lost <= self.drop_limit * total:
             return ""
         return (
             f"{self.data.source}: {lost:,} of the {total:,} images ({lost / total:.1%}) cannot be used, "
-            f"{len(self._problems):,} of them turned out so during training (the log and data_report.json name them); "
+            f"{len(self._reasons):,} of them turned out so during training (the log and data_report.json name them); "
             f"data.drop_limit {self.drop_limit:g} allows no more. Replace them, or raise data.drop_limit, and go on "
             "with --resume"
         )

@@ -58,6 +58,8 @@ def load_checkpoint(path: Path) -> State:
     try:
         _check_sums(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
+    except MemoryError as error:  # says nothing about the file
+        raise InputError(f"{path}: not enough memory to read it") from error
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror or error})") from error
     except Exception as error:  # zipfile and the unpickler meet other files with nearly any exception

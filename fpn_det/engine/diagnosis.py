@@ -9,7 +9,7 @@ import math
 import statistics
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -35,12 +35,12 @@ class Diverged(InputError):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FailedStep:
-    """A step that was skipped, as one process saw it.
+    """A step that was skipped, as one process or, once they are `merged`, all of them saw it.
 
     Attributes:
         step: its number, from 0.
         lr: learning rate.
-        losses: of this process, mean over its micro-batches.
+        losses: of the process, mean over its micro-batches.
         gradient_norms: of each part of the model, and `total`.
         loss_scale: what the loss was multiplied by (fp16).
         counts: whether the step counts: at a large loss scale the gradients of fp16 overflow as a matter of course.
@@ -99,22 +99,40 @@ class FailedStep:
         }
 
 
+def merged(of_processes: Sequence[Sequence[FailedStep]]) -> list[FailedStep]:
+    """Failed steps as all processes saw them, one list each: the losses and batches of those that are to blame.
+
+    The gradient is that of all processes, so a loss that is not finite tells which one had the cause; where none has,
+    all may have had it.
+    """
+    steps = []
+    for same in zip(*of_processes, strict=True):
+        guilty = [f for f in same if not all(map(math.isfinite, f.losses.values()))] or list(same)
+        steps.append(replace(guilty[0], batches=[batch for f in guilty for batch in f.batches]))
+    return steps
+
+
 class SkippedSteps:
     """Counts the steps that were skipped, and ends the run beyond a limit.
 
     Args:
         limit: the most that may be skipped among `WINDOW_STEPS` steps.
-        count: that were skipped before the run was resumed.
+        state: of an earlier part of the run (`state_dict`).
 
     Attributes:
         count: all that were skipped in this run.
     """
 
-    def __init__(self, *, limit: int, count: int = 0) -> None:
+    def __init__(self, *, limit: int, state: Mapping[str, Any] | None = None) -> None:
         self.limit = limit
-        self.count = count
-        self._recent: deque[FailedStep] = deque()
+        self.count: int = state["count"] if state else 0
+        self._recent: list[int] = list(state["recent"]) if state else []
+        self._failed: list[FailedStep] = []
         self._history: deque[tuple[int, float, float]] = deque(maxlen=50)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run must know."""
+        return {"count": self.count, "recent": list(self._recent)}
 
     def note(self, step: int, *, loss: float, grad_norm: float) -> None:
         """Note the means of the good steps since the last record."""
@@ -124,7 +142,7 @@ class SkippedSteps:
         """Count failed steps.
 
         Args:
-            failed: all since the last call, in order.
+            failed: all since the last call, in order, of all processes (`merged`).
             precision: of the run.
             weights_finite: whether all weights of the model are finite.
 
@@ -132,27 +150,25 @@ class SkippedSteps:
             Diverged: there are too many.
         """
         self.count += len(failed)
-        self._recent += [f for f in failed if f.counts]
-        while self._recent and self._recent[0].step <= self._recent[-1].step - WINDOW_STEPS:
-            self._recent.popleft()
-        if len(self._recent) > self.limit or (failed and not weights_finite):
-            recent = list(self._recent) or list(failed)
-            causes = likely_causes(recent, list(self._history), precision=precision, weights_finite=weights_finite)
-            diagnosis = {
-                "skipped_steps": self.count,
-                "limit": self.limit,
-                "likely_causes": causes,
-                "means_before": [
-                    {"step": step, "loss": loss, "gradient_norm": norm} for step, loss, norm in self._history
-                ],
-                "failed_steps": [f.as_dict() for f in recent],
-            }
-            raise Diverged(
-                f"training diverged: {len(recent)} of the last {WINDOW_STEPS:,} steps had a loss or gradient that is "
-                f"not finite (train.max_skipped {self.limit}), first {recent[0].summary()}. Most likely: "
-                f"{causes[0]['cause']} ({causes[0]['evidence']}). {causes[0]['remedy']}",
-                diagnosis,
-            )
+        first = failed[-1].step - WINDOW_STEPS + 1
+        self._recent = [step for step in [*self._recent, *(f.step for f in failed if f.counts)] if step >= first]
+        self._failed = [f for f in [*self._failed, *failed] if f.step >= first]
+        if len(self._recent) <= self.limit and weights_finite:
+            return
+        causes = likely_causes(self._failed, list(self._history), precision=precision, weights_finite=weights_finite)
+        diagnosis = {
+            "skipped_steps": self.count,
+            "limit": self.limit,
+            "likely_causes": causes,
+            "means_before": [{"step": step, "loss": loss, "gradient_norm": norm} for step, loss, norm in self._history],
+            "failed_steps": [f.as_dict() for f in self._failed],
+        }
+        raise Diverged(
+            f"training diverged: {len(self._recent)} of the last {WINDOW_STEPS:,} steps had a loss or gradient that is "
+            f"not finite (train.max_skipped {self.limit}), first {self._failed[0].summary()}. Most likely: "
+            f"{causes[0]['cause']} ({causes[0]['evidence']}). {causes[0]['remedy']}. diagnosis.json has more",
+            diagnosis,
+        )
 
 
 def likely_causes(

@@ -128,7 +128,8 @@ class Watchdog:
         self._note: tuple[str, int | None, float] = ("starting", None, time.monotonic())
         self._num_told = 0
         self._done = threading.Event()
-        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+        # Two, as the store does not answer if the process that holds it stands still.
+        self._threads = [threading.Thread(target=work, daemon=True) for work in (self._watch, self._tell_always)]
         self._store = store
 
     def note(self, what: str, step: int | None = None) -> None:
@@ -136,14 +137,16 @@ class Watchdog:
         self._note = (what, self._note[1] if step is None else step, time.monotonic())
 
     def __enter__(self) -> Self:
-        self._thread.start()
+        for thread in self._threads:
+            thread.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._done.set()
-        self._thread.join()
+        for thread in self._threads:
+            thread.join(timeout=self.interval_s)
 
     def where(self) -> str:
         """What this process is doing, in words."""
@@ -151,12 +154,17 @@ class Watchdog:
 
     def _watch(self) -> None:
         while not self._done.wait(self.interval_s):
-            self._tell()
             waited_s = time.monotonic() - self._note[2]
             if waited_s > self.timeout_s:
                 message = f"error (rank {self.rank}): no progress for {waited_s:.0f} s while {self.where()}. "
-                print(printable(message + self._held_up_by()), file=sys.stderr, flush=True)
-                os._exit(STALLED_EXIT_CODE)  # the main thread waits outside of Python
+                try:
+                    print(printable(message + self._reason()), file=sys.stderr, flush=True)
+                finally:
+                    os._exit(STALLED_EXIT_CODE)  # the main thread waits outside of Python
+
+    def _tell_always(self) -> None:
+        while not self._done.wait(self.interval_s):
+            self._tell()
 
     def _tell(self) -> None:
         what, step, since = self._note
@@ -167,12 +175,18 @@ class Watchdog:
         except RuntimeError:  # whoever holds the store has ended; waiting for a collective shows the rest
             return
 
+    def _reason(self) -> str:
+        """Who is behind, in words, as far as the store answers."""
+        found: list[str] = []
+        asking = threading.Thread(target=lambda: found.append(self._held_up_by()), daemon=True)
+        asking.start()
+        asking.join(4 * self.interval_s + 5)
+        return found[0] if found else "The main process or its machine stands still: it does not answer"
+
     def _held_up_by(self) -> str:
         """Who is behind, in words."""
         before = self._read_all()
-        for _ in range(3):
-            time.sleep(self.interval_s)
-            self._tell()
+        time.sleep(3 * self.interval_s)
         now = self._read_all()
         if not now:
             return "The job's store cannot be reached: the main process or its machine is gone"
@@ -220,6 +234,11 @@ def launched_process(device: str | None = None, timeout: timedelta = timedelta(m
     if "RANK" not in os.environ:
         yield Process(device=torch.device(kind))
         return
+    missing = [name for name in ("LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if missing:
+        raise InputError(
+            f"the environment has RANK, but not {', '.join(missing)}: start with torchrun, or unset RANK for one process"
+        )
     local = torch.device("cpu")
     if kind == "cuda":
         num_gpus, local_rank = torch.cuda.device_count(), int(os.environ["LOCAL_RANK"])

@@ -331,7 +331,7 @@ def _run(
                 f"right? The last one: id {batch.image_ids[-1]}"
             )
         with (
-            explained_memory_errors(batch, remedy="Lower eval.batch_size or data.test_short_side"),
+            explained_memory_errors(batch, device, remedy="Lower eval.batch_size or data.test_short_side"),
             autocast(device, precision),
         ):
             output = call(batch.to(device, non_blocking=True))

@@ -45,7 +45,7 @@ def opened_run(folder: Path, *, resume: bool) -> Iterator[tuple[State | None, li
         file = (folder / LOCK).open("a+")
     with file:
         with write_errors(folder / LOCK):
-            is_free = _lock(file)
+            is_free = _lock(file) and _is_at(file, folder / LOCK)
         if not is_free:
             raise InputError(
                 f"{folder}: another run writes there ({_owner(file)}). Wait for it, stop it, or choose another "
@@ -85,6 +85,14 @@ def _lock(file: TextIO) -> bool:
         if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):  # file systems without locks
             raise
     return True
+
+
+def _is_at(file: TextIO, path: Path) -> bool:
+    """Whether the open file is still the one at `path`, or another run has just removed it."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def _read(file: TextIO) -> Mapping[str, object]:

@@ -76,8 +76,9 @@ class RunLog:
         """Tell the user something, in one line or more."""
         if self.folder is not None:
             text = printable(text, keep="\n")
-            tqdm.write(text, file=sys.stdout)
-            sys.stdout.flush()
+            with suppress(OSError):  # a console that is gone must not end the run; log.txt has the text
+                tqdm.write(text, file=sys.stdout)
+                sys.stdout.flush()
             with write_errors(self.folder / "log.txt"):
                 print(text, file=self._text, flush=True)
 
@@ -91,7 +92,8 @@ class RunLog:
         with write_errors(self.folder / "log.txt"):
             print(line, file=self._text, flush=True)
         if not self._is_terminal:
-            print(line, flush=True)
+            with suppress(OSError):
+                print(line, flush=True)
         loss = scalars.get("train/loss", math.nan)  # missing if all steps were skipped
         self._bar.set_postfix_str(f"loss {loss:.3f}, {scalars['speed/images_per_s']:.1f} images/s")
 

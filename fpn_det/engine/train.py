@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from fpn_det.engine.diagnosis import Diverged, FailedStep, SkippedSteps
+from fpn_det.engine.diagnosis import Diverged, FailedStep, SkippedSteps, merged
 from fpn_det.engine.distributed import Process
 from fpn_det.engine.memory import explained_memory_errors
 from fpn_det.engine.optim import MovingAverage, RunningStatistics, step_if
@@ -53,8 +53,8 @@ def train(
 ) -> int:
     """Train from `start_step` to `num_steps`, or until a signal asks to stop.
 
-    A step whose loss or gradient is not finite in any process changes nothing: no weight, no moment, no running
-    statistic. It is counted in `skipped`.
+    A step whose loss or gradient is not finite in any process changes no weight, no moment and no running statistic. It is
+    counted in `skipped`.
 
     Args:
         model: returns losses and stats for a batch, on the device of `process`.
@@ -69,7 +69,8 @@ def train(
         skipped: counts the steps that are not finite, and ends the run beyond its limit.
         note_unreadable: called on the main process with the ids of images that could not be read and were replaced; may
             end the run by an `InputError`.
-        save: called with the number of steps done, in every process, every `save_every` steps and before stopping.
+        save: called with the number of steps done, in every process, every `save_every` steps, before evaluations and before
+            stopping.
         evaluate: called likewise every `evaluate_every` steps (0: never) but not at the end; saving comes first.
         accumulate: micro-batches per step.
         precision: of the forward pass.
@@ -103,6 +104,7 @@ def train(
     )
     window = Window(["total", *parts])
     stream = iter(batches)
+    overdue = False  # whether a checkpoint waits for a step that is not skipped
     model.train()
     with StopSignal() as stop:
         for step in range(start_step, num_steps):
@@ -118,7 +120,7 @@ def train(
                 batch = next(stream)
                 window.waited(time.perf_counter() - waiting_since)
                 process.doing("training", step)
-                with explained_memory_errors(batch, remedy=remedy):
+                with explained_memory_errors(batch, device, remedy=remedy):
                     on_device = batch.to(device, non_blocking=True)
                     # Gradients are averaged over the processes once per step, with the last micro-batch.
                     is_last = micro == accumulate - 1
@@ -137,7 +139,7 @@ def train(
             if clip_norm is not None:
                 nn.utils.clip_grads_with_norm_([p for ps in parts.values() for p in ps], clip_norm, grad_norm)
             finite = grad_norm.isfinite()
-            with explained_memory_errors(batch, remedy=remedy):  # the moments of AdamW come with its first step
+            with explained_memory_errors(batch, device, remedy=remedy):  # the moments of AdamW come with its first step
                 step_if(finite, optimizer)
             scaler.update()
             running_statistics.restore_unless(finite)
@@ -152,26 +154,23 @@ def train(
             if profiler is not None:
                 profiler.step()
             # Asking all processes costs a synchronisation: done at every step only where there is one process.
-            may_stop = process.world_size == 1 or done % log_every == 0
+            may_stop = process.world_size == 1 or done % min(log_every, 5) == 0
             stopping = may_stop and process.any(stop.requested)
-            saving = done % save_every == 0 or done == num_steps or stopping
             evaluating = bool(evaluate_every) and done % evaluate_every == 0 and done < num_steps
+            saving = done % save_every == 0 or done == num_steps or stopping or evaluating or overdue
             if done % log_every == 0 or saving or evaluating:  # nothing is saved before it proved finite
                 scalars, failed, unreadable = window.close(process)
                 if unreadable is not None:
                     process.from_main(partial(note_unreadable, unreadable))
-                for failure in failed:
-                    log.message(failure.summary())
+                # Weights that make a step fail may have made all fail: better to resume from before, if any come after.
+                overdue = saving and bool(failed) and failed[-1].step == step and not (stopping or done == num_steps)
+                saving = saving and not overdue
                 if failed:
-                    # Weights that make a step fail may have made all fail: better to resume from before.
-                    saving = saving and (stopping or done == num_steps or failed[-1].step < step)
                     weights_finite = all(bool(p.isfinite().all()) for ps in parts.values() for p in ps)
-                    try:
-                        skipped.add(failed, precision=precision, weights_finite=weights_finite)
-                    except Diverged as error:
-                        everywhere = process.gather(error.diagnosis["failed_steps"])
-                        log.write_json("diagnosis.json", error.diagnosis | {"failed_steps_by_process": everywhere})
-                        raise
+                    judge = partial(
+                        judge_failed_steps, skipped, log, precision=precision, weights_finite=weights_finite
+                    )
+                    process.from_main(partial(judge, process.gather(failed)))
                 if skipped.count:
                     scalars["train/skipped_steps"] = skipped.count
                 if "train/loss" in scalars:
@@ -194,6 +193,29 @@ def train(
 def step_seed(seed: int, step: int, rank: int) -> int:
     """The seed of one step of one process."""
     return int(np.random.SeedSequence((seed, 3, step, rank)).generate_state(1, np.uint64)[0]) >> 1
+
+
+def judge_failed_steps(
+    skipped: SkippedSteps,
+    log: RunLog,
+    of_processes: list[list[FailedStep]],
+    *,
+    precision: Precision,
+    weights_finite: bool,
+) -> None:
+    """Say which steps were skipped and count them (on the main process).
+
+    Raises:
+        Diverged: there are too many; diagnosis.json is written.
+    """
+    failed = merged(of_processes)
+    for failure in failed:
+        log.message(failure.summary())
+    try:
+        skipped.add(failed, precision=precision, weights_finite=weights_finite)
+    except Diverged as error:
+        log.write_json("diagnosis.json", error.diagnosis)
+        raise
 
 
 def trained_parts(model: nn.Module) -> dict[str, list[nn.Parameter]]:

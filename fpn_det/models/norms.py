@@ -49,8 +49,10 @@ class SyncBatchNorm(nn.BatchNorm2d):
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, C, H, W) of the same type; collective while training."""
         if x.device.type != "cpu":
-            out: Tensor = nn.SyncBatchNorm.forward(self, x)  # type: ignore[arg-type]
-            return out
+            # Without input, torch would share statistics of the input's type, which autocast makes a shorter one.
+            values = x if len(x) > 0 else x.to(self.weight.dtype)
+            out: Tensor = nn.SyncBatchNorm.forward(self, values)  # type: ignore[arg-type]
+            return out.to(x.dtype)
         if not self.training or not dist.is_initialized():
             return super().forward(x)
         assert self.momentum is not None

@@ -204,7 +204,9 @@ def test_who_holds_up_the_job_is_named(capfd):
 
     codes = ends_of_two(lambda: work_within(work, timedelta(seconds=1.5)))
     assert codes == [STALLED_EXIT_CODE] * 2
-    for line in capfd.readouterr().err.splitlines():
+    lines = capfd.readouterr().err.splitlines()
+    assert len(lines) == 2
+    for line in lines:
         assert re.fullmatch(
             r"error \(rank \d\): no progress for 2 s while \w.* in step \d\. Held up by rank 1 on \S+, waiting for "
             r"data in step 6\. If a step .*",
@@ -318,7 +320,11 @@ def test_a_loss_that_is_not_finite_in_one_process_ends_all():
             return str(error)
         return "went on"
 
-    assert all("training diverged" in message for message in in_two_processes(work))
+    main, other = in_two_processes(work)
+    assert "training diverged" in main
+    assert "fit is nan" in main
+    assert "images 2, 3" in main  # of the process whose loss it is
+    assert other == "ended"
 
 
 @pytest.mark.parametrize(("num_images", "world_size"), [(5, 2), (4, 3), (1, 2), (7, 4)])
