@@ -71,7 +71,14 @@ def write_errors(path: Path) -> Iterator[None]:
         reason = error if isinstance(error, OSError) else error.__context__  # torch.save hides what the file said
         if not isinstance(reason, OSError):
             raise
-        raise InputError(
-            f"{path}: cannot be written ({reason.strerror or reason}). What was complete before is intact. Make room, "
-            "or the folder writable again, and repeat the command (training: with --resume)"
-        ) from error
+        match reason:
+            case FileExistsError() | NotADirectoryError():
+                remedy = "A file has the place of a folder: choose another"
+            case FileNotFoundError():
+                remedy = "Its folder is gone, or never was"
+            case _:
+                remedy = (
+                    "What was complete before is intact. Make room, or the folder writable again, and repeat the "
+                    "command (training: with --resume)"
+                )
+        raise InputError(f"{path}: cannot be written ({reason.strerror or reason}). {remedy}") from error

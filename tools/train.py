@@ -4,9 +4,9 @@
     torchrun --nproc-per-node 8 tools/train.py --config configs/r50_fpn.yaml
 
 Writes to runs/NAME (or D): config.yaml, data_report.json, log.txt, log.jsonl, tensorboard/, checkpoints,
-predictions.json and metrics.json; diagnosis.json if training diverged. SIGINT and SIGTERM save a checkpoint and
-exit; --resume goes on from the newest one that is whole. `torchrun --max-restarts N` goes on by itself when a process
-is lost.
+predictions.json and metrics.json; diagnosis.json if training diverged. SIGINT and SIGTERM save a checkpoint and exit
+with code 0; --resume goes on from the newest one that is whole. `torchrun --max-restarts N` goes on by itself when a
+process is lost.
 """
 
 from __future__ import annotations

@@ -91,12 +91,13 @@ def _check_sums(path: Path) -> None:
 
 
 def versions() -> dict[str, str]:
-    """What wrote a checkpoint: bits are promised for the same versions only."""
+    """What wrote a checkpoint: bits are promised for the same versions and number of threads only."""
     return {
         "python": platform.python_version(),
         "torch": str(torch.__version__),
         "torchvision": str(torchvision.__version__),
         "numpy": np.__version__,
+        "threads": str(torch.get_num_threads()),  # sums on CPUs depend on how the work is split
     }
 
 

@@ -38,7 +38,7 @@ class FailedStep:
     """A step that was skipped, as one process or, once they are `merged`, all of them saw it.
 
     Attributes:
-        step: its number, from 0.
+        step: its number, as the log counts: the first is 1.
         lr: learning rate.
         losses: of the process, mean over its micro-batches.
         gradient_norms: of each part of the model, and `total`.

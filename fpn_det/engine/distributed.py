@@ -236,9 +236,7 @@ def launched_process(device: str | None = None, timeout: timedelta = timedelta(m
         return
     missing = [name for name in ("LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
     if missing:
-        raise InputError(
-            f"the environment has RANK, but not {', '.join(missing)}: start with torchrun, or unset RANK for one process"
-        )
+        raise InputError(f"the environment has RANK, but not {', '.join(missing)}: start with torchrun, or unset RANK")
     local = torch.device("cpu")
     if kind == "cuda":
         num_gpus, local_rank = torch.cuda.device_count(), int(os.environ["LOCAL_RANK"])

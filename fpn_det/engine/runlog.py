@@ -67,6 +67,9 @@ class RunLog:
     ) -> None:
         if self.folder is not None:
             self._bar.close()
+            if isinstance(error, InputError):
+                with suppress(OSError):  # perhaps the very reason
+                    print(f"error: {printable(str(error), keep=chr(10))}", file=self._text, flush=True)
             with suppress(InputError) if error is not None else nullcontext(), write_errors(self.folder):
                 self._records.close()
                 self._text.close()

@@ -53,8 +53,8 @@ def train(
 ) -> int:
     """Train from `start_step` to `num_steps`, or until a signal asks to stop.
 
-    A step whose loss or gradient is not finite in any process changes no weight, no moment and no running statistic. It is
-    counted in `skipped`.
+    A step whose loss or gradient is not finite in any process changes no weight, no moment and no running statistic. It
+    is counted in `skipped`.
 
     Args:
         model: returns losses and stats for a batch, on the device of `process`.
@@ -69,8 +69,8 @@ def train(
         skipped: counts the steps that are not finite, and ends the run beyond its limit.
         note_unreadable: called on the main process with the ids of images that could not be read and were replaced; may
             end the run by an `InputError`.
-        save: called with the number of steps done, in every process, every `save_every` steps, before evaluations and before
-            stopping.
+        save: called with the number of steps done, in every process, every `save_every` steps, before evaluations and
+            before stopping.
         evaluate: called likewise every `evaluate_every` steps (0: never) but not at the end; saving comes first.
         accumulate: micro-batches per step.
         precision: of the forward pass.
@@ -108,6 +108,7 @@ def train(
     model.train()
     with StopSignal() as stop:
         for step in range(start_step, num_steps):
+            done = step + 1  # steps done at the end of this one: the number by which it is spoken of
             torch.manual_seed(step_seed(seed, step, process.rank))
             lr = lr_at(step)
             for group in optimizer.param_groups:
@@ -115,11 +116,11 @@ def train(
             optimizer.zero_grad()
             running_statistics.keep()
             for micro in range(accumulate):
-                process.doing("waiting for data", step)
+                process.doing("waiting for data", done)
                 waiting_since = time.perf_counter()
                 batch = next(stream)
                 window.waited(time.perf_counter() - waiting_since)
-                process.doing("training", step)
+                process.doing("training", done)
                 with explained_memory_errors(batch, device, remedy=remedy):
                     on_device = batch.to(device, non_blocking=True)
                     # Gradients are averaged over the processes once per step, with the last micro-batch.
@@ -146,10 +147,9 @@ def train(
             if ema is not None:
                 ema.update(model)
             window.end_step(
-                step, lr=lr, norms=torch.cat([grad_norm[None], part_norms]), finite=finite, loss_scale=loss_scale
+                done, lr=lr, norms=torch.cat([grad_norm[None], part_norms]), finite=finite, loss_scale=loss_scale
             )
 
-            done = step + 1
             log.advance()
             if profiler is not None:
                 profiler.step()
@@ -163,12 +163,12 @@ def train(
                 if unreadable is not None:
                     process.from_main(partial(note_unreadable, unreadable))
                 # Weights that make a step fail may have made all fail: better to resume from before, if any come after.
-                overdue = saving and bool(failed) and failed[-1].step == step and not (stopping or done == num_steps)
+                overdue = saving and bool(failed) and failed[-1].step == done and not (stopping or done == num_steps)
                 saving = saving and not overdue
                 if failed:
-                    weights_finite = all(bool(p.isfinite().all()) for ps in parts.values() for p in ps)
+                    finite_weights = all(bool(p.isfinite().all()) for ps in parts.values() for p in ps)
                     judge = partial(
-                        judge_failed_steps, skipped, log, precision=precision, weights_finite=weights_finite
+                        judge_failed_steps, skipped, log, precision=precision, weights_finite=finite_weights
                     )
                     process.from_main(partial(judge, process.gather(failed)))
                 if skipped.count:
@@ -179,12 +179,12 @@ def train(
                 log.training(done, {**scalars, "train/lr": lr}, eta=eta)
             with profiler.paused() if profiler is not None and (saving or evaluating) else nullcontext():
                 if saving:
-                    process.doing("saving", step)
+                    process.doing("saving")
                     save(done)
                 if stopping:
                     return done
                 if evaluating:
-                    process.doing("evaluating", step)
+                    process.doing("evaluating")
                     evaluate(done)
                     window.restart()
     return num_steps

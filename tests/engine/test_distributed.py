@@ -101,7 +101,10 @@ def test_one_process_without_torchrun(monkeypatch):
 
 def test_more_processes_than_gpus_are_refused(monkeypatch):
     monkeypatch.setenv("RANK", "1")
-    monkeypatch.setenv("LOCAL_RANK", "1")
+    with pytest.raises(InputError, match="RANK, but not LOCAL_RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT"):
+        launched_process("cpu").__enter__()
+    for name, value in job(1, 1).items():
+        monkeypatch.setenv(name, value)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(InputError, match=r"no GPU.*--nproc-per-node 1"), launched_process("cuda"):
         pass
@@ -135,7 +138,7 @@ def numbers(values: list[float]) -> Batch:
     empty = Targets(boxes=torch.zeros(n, 0, 4), labels=torch.zeros(n, 0).long(), valid=torch.zeros(n, 0).bool())
     sizes = torch.ones(n, 2, dtype=torch.int64)
     images = torch.tensor(values).view(n, 1, 1, 1)
-    ids = torch.arange(n)
+    ids = torch.tensor(values).mul(10).round().long()
     return Batch(images=images, sizes=sizes, targets=empty, image_ids=ids, original_sizes=sizes, seeds=ids)
 
 
@@ -318,6 +321,8 @@ def test_a_loss_that_is_not_finite_in_one_process_ends_all():
             fit(process)
         except InputError as error:
             return str(error)
+        except SystemExit:
+            return "ended"
         return "went on"
 
     main, other = in_two_processes(work)

@@ -270,17 +270,17 @@ def test_a_step_that_is_not_finite_changes_nothing(tmp_path, value, accumulate, 
     assert [r["train/skipped_steps"] for r in (first, second, third, fourth)] == [1, 1, 2, 2]
     assert math.isfinite(fourth["train/loss"])
     text = (tmp_path / "4" / "log.txt").read_text()
-    assert f"step 0 skipped: fit is {value}" in text
+    assert f"step 1 skipped: fit is {value}" in text
     assert "images 0, 1, 2, 3)" in text
 
 
 def test_too_many_steps_that_are_not_finite_end_the_run(tmp_path):
     run = Run(Failing({6, 8}), max_skipped=1)
-    with pytest.raises(Diverged, match=r"2 of the last 1,000 steps .* step 3 skipped: fit is nan"):
+    with pytest.raises(Diverged, match=r"2 of the last 1,000 steps .* step 4 skipped: fit is nan"):
         run(stream(2), save_every=3, log_every=2, log_folder=tmp_path)
     assert run.calls == [("save", 3)]
     diagnosis = json.loads((tmp_path / "diagnosis.json").read_text())
-    assert [f["step"] for f in diagnosis["failed_steps"]] == [3, 4]
+    assert [f["step"] for f in diagnosis["failed_steps"]] == [4, 5]
     failed = diagnosis["failed_steps"][0]
     assert failed["losses"]["fit"] == failed["losses"]["loss"] == "nan"
     assert failed["lr"] == 1e-4
@@ -297,7 +297,7 @@ def test_a_gradient_that_is_not_finite_is_named_by_its_part():
             return {"fit": (self.weight - 0.5).sqrt().sum()}, {}  # 0, with an infinite slope
 
     run = Run(Steep())
-    with pytest.raises(Diverged, match=r"step 0 skipped: the gradient of weight is (nan|inf)"):
+    with pytest.raises(Diverged, match=r"step 1 skipped: the gradient of weight is (nan|inf)"):
         run(stream(2))
     assert run.calls == []
     assert torch.equal(run.model.weight, Toy().weight)
@@ -338,9 +338,9 @@ def test_out_of_memory_says_what_to_lower():
         def forward(self, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
-    with pytest.raises(InputError, match="out of memory on cuda:3: 2 images"):
-        with explained_memory_errors(batch_of([0, 1]), torch.device("cuda", 3), remedy="Buy more."):
-            raise RuntimeError("CUDNN_STATUS_ALLOC_FAILED")
+    explained = explained_memory_errors(batch_of([0, 1]), torch.device("cuda", 3), remedy="Buy more.")
+    with pytest.raises(InputError, match="out of memory on cuda:3: 2 images"), explained:
+        raise RuntimeError("CUDNN_STATUS_ALLOC_FAILED")
     message = (
         r"out of memory on cpu: 2 images padded to 2x2 .* with 0, 0 boxes, ids 0, 1\. Lower train.batch_size.*"
         r"train.accumulate.*data.short_sides.*2\.00 GiB"

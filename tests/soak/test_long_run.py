@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 import time
 from pathlib import Path
 
@@ -16,9 +15,9 @@ SETTLED = 200
 
 
 def memory_mb(pid: int) -> float:
-    """Private memory of a process: shared pages of batches under way come and go."""
+    """The share of a process in all memory: what it shares with others counts in parts."""
     fields = dict(line.split(":") for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:])
-    return sum(int(fields[name].split()[0]) for name in ("Private_Clean", "Private_Dirty")) / 1000
+    return int(fields["Pss"].split()[0]) / 1000
 
 
 def family(pid: int) -> list[int]:
@@ -32,30 +31,29 @@ def test_memory_and_open_files_stay(start, tiny, tmp_path, show: Show, num_worke
     run = [f"train.steps={NUM_STEPS}", "train.log_every=20", "eval.tensorboard_images=2", "train.ema_decay=0.99"]
     workers = [f"data.num_workers={num_workers}"]
     job = start(TRAIN, *tiny, *run, *workers, "--output-dir", tmp_path / "run")
-    samples: list[tuple[int, float, int, float]] = []  # step, memory of the main process, its files, memory of workers
+    samples: list[tuple[int, float, int]] = []  # step, memory of all processes, open files of the main one
     while job.process.poll() is None:
         steps = [line for line in job.text().splitlines() if line.startswith("step ") and " eta " in line]
         if steps:
             step = int(steps[-1].split()[1].split("/")[0])
             try:
-                main, *others = family(job.process.pid)
-                files = len(list(Path(f"/proc/{main}/fd").iterdir()))
-                samples.append((step, memory_mb(main), files, sum(map(memory_mb, others))))
+                processes = family(job.process.pid)
+                files = len(list(Path(f"/proc/{job.process.pid}/fd").iterdir()))
+                samples.append((step, sum(map(memory_mb, processes)), files))
             except OSError:  # it ends
                 break
-        time.sleep(0.5)
+        time.sleep(0.1)
     assert job.wait() == 0, job.text()
 
     early = [s for s in samples if SETTLED <= s[0] < SETTLED + 300]
     late = [s for s in samples if s[0] >= NUM_STEPS - 300]
-    assert len(early) > 5
-    assert len(late) > 5
-    before, after = ([statistics.median(column) for column in zip(*part, strict=True)] for part in (early, late))
+    assert min(len(early), len(late)) > 20
+    # The least of many samples: what a step takes for a moment is not what stays.
+    before, after = (min(memory for _, memory, _ in part) for part in (early, late))
+    files_before, files_after = (max(files for _, _, files in part) for part in (early, late))
     show(
-        f"{NUM_STEPS} steps, {num_workers} workers: memory {before[1]:.1f} -> {after[1]:.1f} MB "
-        f"({100 * (after[1] / before[1] - 1):+.2f} %), open files {before[2]:.0f} -> {after[2]:.0f}, "
-        f"workers {before[3]:.1f} -> {after[3]:.1f} MB"
+        f"{NUM_STEPS} steps, {num_workers} workers: memory of all processes {before:.1f} -> {after:.1f} MB "
+        f"({100 * (after / before - 1):+.2f} %), open files {files_before} -> {files_after}"
     )
-    assert after[1] < 1.01 * before[1]
-    assert max(s[2] for s in late) <= max(s[2] for s in early)
-    assert after[3] <= max(1.01 * before[3], 1)
+    assert after < 1.01 * before
+    assert files_after <= files_before

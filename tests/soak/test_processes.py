@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -13,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from fpn_det.engine.checkpoint import load_checkpoint
-from tests.soak.conftest import ROOT, TRAIN, Show, torchrun, until
+from tests.soak.conftest import ROOT, TRAIN, Job, Show, torchrun, until
 
 NUM_STEPS = 40
 
@@ -24,9 +25,29 @@ def options(tiny, tmp_path) -> list[str]:
     return [*tiny, *run]
 
 
+def losses(folder: Path) -> dict[int, float]:
+    """The loss of each step, none missing and none twice."""
+    records = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    found = [(r["step"], r["train/loss"]) for r in records if "train/loss" in r]
+    assert [step for step, _ in found] == list(range(1, NUM_STEPS + 1))
+    return dict(found)
+
+
+@pytest.fixture(scope="module")
+def straight(tiny, tmp_path_factory) -> dict[int, float]:
+    """The losses of two processes that nothing happens to."""
+    folder = tmp_path_factory.mktemp("straight")
+    run = [f"train.steps={NUM_STEPS}", "eval.every=0", "--output-dir", folder / "run"]
+    with Job(torchrun("--standalone", "--nproc-per-node=2", TRAIN, *tiny, *run), folder / "output.txt") as job:
+        assert job.wait() == 0, job.text()
+    return losses(folder / "run")
+
+
 @pytest.mark.parametrize("launcher", [["--standalone"], ["--master-port=0"]], ids=["standalone", "static"])
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_killed_process_is_started_again_and_the_job_goes_on(start, options, tmp_path, show: Show, rank, launcher):
+def test_a_killed_process_is_started_again_and_the_job_goes_on(
+    start, options, straight, tmp_path, show: Show, rank, launcher
+):
     if launcher == ["--master-port=0"]:
         launcher = [f"--master-port={free_port()}"]
     job = start(*torchrun(*launcher, "--nproc-per-node=2", "--max-restarts=2", TRAIN, *options))
@@ -36,6 +57,7 @@ def test_a_killed_process_is_started_again_and_the_job_goes_on(start, options, t
     [resumed] = re.findall(r"resuming at step (\d+)", job.text())
     assert int(resumed) >= 10
     assert load_checkpoint(tmp_path / "run/final.pth")["step"] == NUM_STEPS
+    assert losses(tmp_path / "run") == straight
     show(f"rank {rank} killed after step 12: resumed at step {resumed}, finished all {NUM_STEPS}")
 
 
@@ -112,3 +134,15 @@ def test_the_slurm_script(start, options, tmp_path):
         assert done.returncode == 0, done.stdout + done.stderr
         assert expected in done.stdout
         assert "on 2 x cpu" in done.stdout
+
+
+def test_sigterm_to_the_job_saves(start, options, tmp_path, show: Show):
+    """As a scheduler sends it: torchrun passes it on, and the processes save before it loses patience."""
+    job = start(*torchrun("--standalone", "--nproc-per-node=2", TRAIN, *options, "train.save_every=1000"))
+    job.wait_for(f"step 12/{NUM_STEPS}")
+    job.process.send_signal(signal.SIGTERM)
+    assert job.wait(seconds=60) != 0  # torchrun's own
+    [path] = (tmp_path / "run").glob("step_*.pth")
+    assert load_checkpoint(path)["step"] >= 12
+    assert "saved; add --resume" in job.text()
+    show(f"SIGTERM to torchrun after step 12: saved at step {load_checkpoint(path)['step']}")
