@@ -77,9 +77,10 @@ def check(config: Config, report: Path, *, quick: bool) -> int:
     say(format_counts(splits))
     for name, data in splits.items():
         say(f"\n{name}: {data.source}")
-        if name == "val" and any(p.defect.what == "annotation" for p in data.problems):
+        if name == "val" and data.problems:
             say(
-                "  (The metrics take boxes as the file has them; what is left out or clipped here is in pictures only.)"
+                "  (The metrics take boxes as the file has them, and an image that cannot be decoded as one without "
+                "detections; what is left out or clipped here is in pictures only.)"
             )
         say(format_problems(data.problems) or "  no problem")
     if between:

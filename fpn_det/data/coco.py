@@ -217,6 +217,8 @@ def read_coco_json(path: Path) -> dict[str, Any]:
     for key in ("images", "annotations", "categories"):
         if not isinstance(data, dict) or not isinstance(data.get(key), list):
             got = f"keys {shown(sorted(data))}" if isinstance(data, dict) else type(data).__name__
+            if isinstance(data, dict) and key in data:
+                got = f"{key}: {shown(data[key])}"
             raise InputError(
                 f"{path}: expected a JSON object with the lists images, annotations, categories; got {got}"
             )

@@ -109,7 +109,7 @@ class Defect(Enum):
     IMAGE_MISSING = (
         "image",
         "left out",
-        "no such file in the image folder",
+        "no file of that name in the image folder (a folder or a pipe is none)",
         "Add the file or delete the entry; data.train.images and data.val.images name the folders",
     )
     IMAGE_UNREADABLE = ("image", "left out", "a file that cannot be decoded", "Replace the file or delete the entry")

@@ -336,7 +336,7 @@ def test_boxes_that_are_all_fractions_refuse_the_file(folder: Path) -> None:
         (b"null", "got NoneType"),
         (b"3", "got int"),
         (b'{"info": {}, "images": []}', "got keys ['images', 'info']"),
-        (b'{"images": {}, "annotations": [], "categories": []}', "expected a JSON object with the lists"),
+        (b'{"images": {}, "annotations": [], "categories": []}', "got images: {}"),
     ],
 )
 def test_a_file_that_is_not_coco_is_refused_in_one_line(folder: Path, content: bytes, said: str) -> None:
