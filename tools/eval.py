@@ -15,7 +15,6 @@ say so, standard error says why, and the exit code is 1.
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 
@@ -36,6 +35,7 @@ from fpn_det.engine.coco_eval import (
     write_results,
 )
 from fpn_det.engine.distributed import Process, launched_process
+from fpn_det.files import write_errors, write_json
 from fpn_det.structures import InputError, printable
 
 
@@ -108,8 +108,9 @@ def print_unreadable(data: CocoAnnotations, metrics: Metrics | ProposalMetrics |
 def report(metrics: Metrics | ProposalMetrics, table: str, path: Path, *, step: int | None = None) -> None:
     """Print the table and write the numbers, with the step of a checkpoint as training writes it."""
     say(table)  # first: a folder that cannot be written must not cost the numbers
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(metrics if step is None else {**metrics, "step": step}, indent=2))
+    with write_errors(path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, metrics if step is None else {**metrics, "step": step})
     say(f"written: {path}")
 
 

@@ -33,6 +33,7 @@ from fpn_det.draw import draw_detections
 from fpn_det.engine import checkpoint
 from fpn_det.engine.evaluate import Detector, detect, merge_views, to_coco_results
 from fpn_det.engine.precision import Precision
+from fpn_det.files import write_errors, write_text
 from fpn_det.structures import Categories, Detections, InputError, Sample, printable
 
 
@@ -62,7 +63,8 @@ def predict(config: Config, checkpoint_path: Path, source: Path, folder: Path, *
         categories = Categories(ids=(1,), names=("object",))  # proposals are of no class
     transforms, head = build.build_test_transforms(config), config.model.roi_head
 
-    folder.mkdir(parents=True, exist_ok=True)
+    with write_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     records, unreadable = [], []
     for image_id, path in enumerate(
         tqdm(paths, desc="detecting", unit="image", disable=None, file=sys.stderr), start=1
@@ -80,7 +82,7 @@ def predict(config: Config, checkpoint_path: Path, source: Path, folder: Path, *
         Image.fromarray(picture.permute(1, 2, 0).numpy()).save(folder / f"{path.name}.png")
         results = to_coco_results([image_id], [found], categories)
         records += [{**r, "file_name": path.name} for r in results.records()]
-    (folder / "predictions.json").write_text(json.dumps(records))
+    write_text(folder / "predictions.json", json.dumps(records))
     drawn = sum(r["score"] >= score_thresh for r in records)
     say(
         f"{len(paths) - len(unreadable)} images, {len(records)} detections, {drawn} of them drawn "

@@ -8,7 +8,6 @@ Dimensions: I images, T boxes of all images, P boxes of one image.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fpn_det.files import replacing
 from fpn_det.structures import InputError
 
 VERSION = 1
@@ -162,25 +162,18 @@ def write_proposals(path: Path, images: Sequence[ImageProposals], *, config: str
     """
     images = sorted(images, key=lambda image: image.image_id)
     offsets = np.cumsum([0, *(len(image.boxes) for image in images)], dtype=np.int64)
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            np.savez(
-                file,
-                version=np.int64(VERSION),
-                config=np.str_(config),
-                checkpoint_sha256=np.str_(checkpoint_sha256),
-                image_ids=np.array([image.image_id for image in images], np.int64),
-                sizes=np.array([image.size for image in images], np.int64).reshape(-1, 2),
-                offsets=offsets,
-                boxes=np.concatenate([np.zeros((0, 4), np.uint16), *(image.boxes for image in images)]),
-                scores=np.concatenate([np.zeros(0, np.float16), *(image.scores for image in images)]),
-            )
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)  # a full disk is not made fuller
+    with replacing(path) as file:
+        np.savez(
+            file,
+            version=np.int64(VERSION),
+            config=np.str_(config),
+            checkpoint_sha256=np.str_(checkpoint_sha256),
+            image_ids=np.array([image.image_id for image in images], np.int64),
+            sizes=np.array([image.size for image in images], np.int64).reshape(-1, 2),
+            offsets=offsets,
+            boxes=np.concatenate([np.zeros((0, 4), np.uint16), *(image.boxes for image in images)]),
+            scores=np.concatenate([np.zeros(0, np.float16), *(image.scores for image in images)]),
+        )
 
 
 def read_proposals(path: Path) -> FixedProposals:

@@ -39,6 +39,7 @@ from numpy.typing import NDArray
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+from fpn_det.files import write_text
 from fpn_det.json_file import read_json
 from fpn_det.structures import InputError, printable
 
@@ -206,7 +207,7 @@ def write_results(path: Path, results: ScoredBoxes) -> None:
         f'{{"image_id": {image_id}, "category_id": {category_id}, "bbox": {box}, "score": {value}}}'
         for image_id, category_id, box, value in zip(*(column.tolist() for column in columns), strict=True)
     )
-    path.write_text(f"[{', '.join(records)}]")
+    write_text(path, f"[{', '.join(records)}]")
 
 
 def score(
