@@ -298,7 +298,7 @@ def test_a_failed_write_leaves_the_old_file(path: Path, monkeypatch: pytest.Monk
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(np, "savez", fail)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(InputError, match="No space"):
         write_proposals(path, [], config="", checkpoint_sha256=SHA)
     assert path.read_bytes() == before
     assert [p.name for p in path.parent.iterdir()] == [path.name]
