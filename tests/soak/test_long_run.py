@@ -15,9 +15,9 @@ SETTLED = 200
 
 
 def memory_mb(pid: int) -> float:
-    """The share of a process in all memory: what it shares with others counts in parts."""
+    """What a process has allocated; of what it shares with its workers its part, so that the sum is all."""
     fields = dict(line.split(":") for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:])
-    return int(fields["Pss"].split()[0]) / 1000
+    return int(fields["Pss_Anon"].split()[0]) / 1000  # not Pss_File: libraries, which other programs share, too
 
 
 def family(pid: int) -> list[int]:
