@@ -49,8 +49,9 @@ def test_memory_and_open_files_stay(start, tiny, tmp_path, show: Show, num_worke
     late = [s for s in samples if s[0] >= NUM_STEPS - 300]
     assert min(len(early), len(late)) > 20
     # The least of many samples: what a step takes for a moment is not what stays.
-    before, after = (min(memory for _, memory, _ in part) for part in (early, late))
-    files_before, files_after = (max(files for _, _, files in part) for part in (early, late))
+    (before, files_before), (after, files_after) = (
+        (min(memory for _, memory, _ in part), min(files for _, _, files in part)) for part in (early, late)
+    )
     show(
         f"{NUM_STEPS} steps, {num_workers} workers: memory of all processes {before:.1f} -> {after:.1f} MB "
         f"({100 * (after / before - 1):+.2f} %), open files {files_before} -> {files_after}"
