@@ -81,7 +81,7 @@ def run(config: Config, folder: Path, *, resume: bool, profile: bool = False, pr
     truth = build.load_ground_truth(config)
     check_same_categories(train_data, val_data)
     with ExitStack() as stack:
-        # The main process reads for all: the folder need not be shared between machines.
+        # The main process has the lock, reads and writes for all.
         state, notes = process.from_main(lambda: stack.enter_context(run_folder.opened_run(folder, resume=resume)))
         train_on(config, folder, train_data, val_data, truth, state, notes, profile=profile, process=process)
 
