@@ -58,7 +58,8 @@ def test_every_promise_of_security_has_a_test():
 
 
 def test_every_fault_has_an_outcome_and_a_test():
-    rows = [line for line in RELIABILITY.split("\n") if line.startswith("|") and not re.match(r"\|( fault|---)", line)]
+    faults = RELIABILITY.partition("## Last figures")[0]
+    rows = [line for line in faults.split("\n") if line.startswith("|") and not re.match(r"\|( fault|---)", line)]
     assert len(rows) > 40
     for row in rows:
         cells = [cell.strip() for cell in row.strip("|").split("|")]
