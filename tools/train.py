@@ -128,7 +128,9 @@ def train_on(
             scaler.load_state_dict(state["scaler"])
     detector: Detector = build.place(config, ema.module, process.device) if ema is not None else model  # type: ignore[arg-type]
 
-    between, report_path = compare_splits(train_data, val_data), folder / "data_report.json"
+    # Only the main process reports: comparing two sets of COCO's size takes seconds.
+    between = compare_splits(train_data, val_data) if process.is_main else []
+    report_path = folder / "data_report.json"
     if process.is_main:
         write_text(folder / "config.yaml", dump_config(config))
         write_report(report_path, {"train": unreadable.without(), "val": val_data}, between=between)
