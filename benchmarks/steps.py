@@ -29,7 +29,7 @@ from fpn_det.engine.checkpoint import save_checkpoint
 from fpn_det.engine.distributed import Process
 from fpn_det.engine.optim import RunningStatistics, step_if
 from fpn_det.engine.train import Window, gradient_norms, step_seed, trained_parts
-from fpn_det.models.faster_rcnn import Detector
+from fpn_det.models.faster_rcnn import DetectionModel
 from fpn_det.structures import Batch, Sample
 from fpn_det.weights.read import WeightFile
 from fpn_det.weights.torchvision import convert
@@ -173,7 +173,7 @@ def ours(case: Case, device: torch.device, *, overrides: Sequence[str] = ()) -> 
     return Runner(model, optimizer, repeated(step))
 
 
-def our_model(config: Config, case: Case, device: torch.device) -> Detector:
+def our_model(config: Config, case: Case, device: torch.device) -> DetectionModel:
     """Our detector with the shared weights: as training builds it, or as inference reads it from a checkpoint."""
     state_dict = convert(WeightFile(weights(case.body), {}, Path("torchvision"))).state_dict
     if case.mode == "predict":

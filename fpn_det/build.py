@@ -41,7 +41,7 @@ from fpn_det.engine.optim import lr_factor, make_optimizer, scaled_lr
 from fpn_det.engine.precision import DTYPES
 from fpn_det.models.anchors import Anchors
 from fpn_det.models.backbone import ResNet, read_classifier
-from fpn_det.models.faster_rcnn import Detector, FasterRCNN, FastRCNN, ProposalNetwork
+from fpn_det.models.faster_rcnn import DetectionModel, FasterRCNN, FastRCNN, ProposalNetwork
 from fpn_det.models.fpn import FPN, PAFPN, SingleLevel
 from fpn_det.models.norms import fold_frozen_norms
 from fpn_det.models.roi_head import CascadeRoIHead, ConvFCHead, Res5Head, RoIHead
@@ -315,7 +315,7 @@ def build_schedule(config: Config, steps: int) -> Callable[[int], float]:
     return lambda step: peak * factor(step)
 
 
-def build_model(config: Config, num_classes: int, *, pretrained: bool) -> Detector:
+def build_model(config: Config, num_classes: int, *, pretrained: bool) -> DetectionModel:
     """The detector.
 
     Args:
@@ -352,7 +352,7 @@ def build_model(config: Config, num_classes: int, *, pretrained: bool) -> Detect
             assert_never(model.kind)
 
 
-def place(config: Config, model: Detector, device: torch.device) -> Detector:
+def place(config: Config, model: DetectionModel, device: torch.device) -> DetectionModel:
     """Move a detector to where and how it computes (`runtime`); its parameters stay the same objects."""
     model.memory_format = torch.channels_last if config.runtime.channels_last else torch.contiguous_format
     model.to(device, memory_format=model.memory_format)  # type: ignore[call-overload]
@@ -365,7 +365,7 @@ def place(config: Config, model: Detector, device: torch.device) -> Detector:
     return model
 
 
-def load_detector(config: Config, path: Path, device: torch.device) -> tuple[Detector, State]:
+def load_detector(config: Config, path: Path, device: torch.device) -> tuple[DetectionModel, State]:
     """A trained detector on `device`, only to detect with, and the checkpoint that it comes from.
 
     Raises:
@@ -557,7 +557,7 @@ def build_box_head(
 
 def evaluate_model(
     config: Config,
-    model: Detector,
+    model: DetectionModel,
     views: Iterable[View],
     truth: GroundTruth,
     categories: Categories,
@@ -579,7 +579,7 @@ def evaluate_model(
 
 
 def evaluate_model_proposals(
-    config: Config, model: Detector, batches: DataLoader[Sample], truth: GroundTruth, *, process: Process
+    config: Config, model: DetectionModel, batches: DataLoader[Sample], truth: GroundTruth, *, process: Process
 ) -> ProposalMetrics | None:
     """Recall of the proposals of `model` on the validation images (collective)."""
     return evaluate_proposals(

@@ -8,6 +8,8 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from shutil import which
+from typing import Any
 
 import pytest
 import torch
@@ -100,3 +102,19 @@ def tool() -> Tool:
         return Outcome(code, out.getvalue(), err.getvalue())
 
     return run
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Any]:
+    """Headless Chromium (a `playwright.sync_api.Browser`): the system's, or the one that `playwright install` got."""
+    from playwright.sync_api import Error, sync_playwright  # a second that only tests with a browser spend
+
+    quiet = ("--disable-background-networking", "--disable-component-update", "--disable-sync", "--no-first-run")
+    sandbox = () if os.geteuid() else ("--no-sandbox",)  # which Chromium refuses to use as root
+    with sync_playwright() as playwright:
+        try:
+            chromium = playwright.chromium.launch(executable_path=which("chromium"), args=[*quiet, *sandbox])
+        except Error as error:
+            pytest.skip(f"no browser: install the package chromium, or run `playwright install chromium` ({error})")
+        yield chromium
+        chromium.close()

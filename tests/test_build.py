@@ -18,7 +18,7 @@ from fpn_det import build
 from fpn_det.config import Config, load_config, parse_config
 from fpn_det.engine.distributed import Process
 from fpn_det.models.backbone import BODIES
-from fpn_det.models.faster_rcnn import Detector, FasterRCNN, FastRCNN, ProposalNetwork
+from fpn_det.models.faster_rcnn import DetectionModel, FasterRCNN, FastRCNN, ProposalNetwork
 from fpn_det.models.fpn import FPN, PAFPN, SingleLevel
 from fpn_det.models.roi_head import CascadeRoIHead, ConvFCHead, Res5Head, RoIHead
 from fpn_det.models.rpn import RPNHead, UnsharedRPNHead
@@ -266,7 +266,7 @@ def small(*overrides: str) -> Config:
     return parse_config(SMALL, source="small", overrides=overrides)
 
 
-def part(model: Detector, path: str) -> object:
+def part(model: DetectionModel, path: str) -> object:
     return attrgetter(path)(model) if path else model
 
 

@@ -31,7 +31,7 @@ from fpn_det.data.loader import collate
 from fpn_det.data.transforms import TestTransform, find_images, load_image
 from fpn_det.draw import draw_detections
 from fpn_det.engine import checkpoint
-from fpn_det.engine.evaluate import Detector, detect, merge_views, to_coco_results
+from fpn_det.engine.evaluate import DetectionModel, detect, merge_views, to_coco_results
 from fpn_det.engine.precision import Precision
 from fpn_det.files import write_errors, write_text
 from fpn_det.structures import Categories, Detections, InputError, Sample, printable
@@ -94,7 +94,7 @@ def predict(config: Config, checkpoint_path: Path, source: Path, folder: Path, *
 
 
 def look(
-    model: Detector, image: Tensor, transform: TestTransform, *, device: torch.device, precision: Precision
+    model: DetectionModel, image: Tensor, transform: TestTransform, *, device: torch.device, precision: Precision
 ) -> Detections:
     """Detections in one view of an image, in the frame of the image.
 

@@ -51,7 +51,7 @@ from fpn_det.engine.profile import StepProfiler
 from fpn_det.engine.runlog import RunLog
 from fpn_det.engine.train import train
 from fpn_det.files import write_text
-from fpn_det.models.faster_rcnn import Detector
+from fpn_det.models.faster_rcnn import DetectionModel
 from fpn_det.structures import InputError
 
 
@@ -126,7 +126,7 @@ def train_on(
             checkpoint.load_weights(ema.module, state.get("ema") or state["model"], source)
         if scaler.is_enabled() and state.get("scaler"):
             scaler.load_state_dict(state["scaler"])
-    detector: Detector = build.place(config, ema.module, process.device) if ema is not None else model  # type: ignore[arg-type]
+    detector: DetectionModel = build.place(config, ema.module, process.device) if ema is not None else model  # type: ignore[arg-type]
 
     # Only the main process reports: comparing two sets of COCO's size takes seconds.
     between = compare_splits(train_data, val_data) if process.is_main else []

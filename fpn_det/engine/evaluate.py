@@ -49,7 +49,7 @@ class Model(Protocol):
         """Enter training mode, or evaluation mode if `mode` is False."""
 
 
-class Detector(Model, Protocol):
+class DetectionModel(Model, Protocol):
     """A model that detects; all of `fpn_det.models.faster_rcnn` do."""
 
     def predict(self, batch: Batch) -> list[Detections]:
@@ -77,7 +77,7 @@ class View:
 
 
 def detect(
-    model: Detector,
+    model: DetectionModel,
     batches: Iterable[Any],
     *,
     device: torch.device,
@@ -199,7 +199,7 @@ def from_coco_results(results: ScoredBoxes, categories: Categories) -> Detection
 
 
 def evaluate(
-    model: Detector,
+    model: DetectionModel,
     views: Iterable[View],
     *,
     truth: GroundTruth,

@@ -185,4 +185,4 @@ class FastRCNN(Pyramid):
         return batch.proposals
 
 
-Detector = FasterRCNN | ProposalNetwork | FastRCNN
+DetectionModel = FasterRCNN | ProposalNetwork | FastRCNN

@@ -1,0 +1,42 @@
+"""Packages that only some commands need."""
+
+from __future__ import annotations
+
+import sys
+import tomllib
+from pathlib import Path
+from typing import get_args
+
+import pytest
+
+from fpn_det.extras import Extra, require
+from fpn_det.structures import InputError
+
+PROJECT = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())["project"]
+
+
+def test_a_package_that_is_there_is_imported() -> None:
+    assert require("json.decoder", extra="report", purpose="Reading") is sys.modules["json.decoder"]
+
+
+def test_a_missing_package_says_the_command() -> None:
+    with pytest.raises(InputError, match=r'Drawing needs the package no_such_thing.*pip install "fpn_det\[report\]"'):
+        require("no_such_thing.part", extra="report", purpose="Drawing")
+
+
+def test_a_package_that_is_broken_is_not_called_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "broken_package.py").write_text("import no_such_thing\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ModuleNotFoundError, match="no_such_thing"):
+        require("broken_package", extra="report", purpose="Drawing")
+
+
+def test_every_extra_exists() -> None:
+    assert set(get_args(Extra)) | {"dev", "all"} == PROJECT["optional-dependencies"].keys()
+
+
+def test_dev_has_what_the_extras_have() -> None:
+    groups = PROJECT["optional-dependencies"]
+    everything = [line for name in get_args(Extra) for line in groups[name]]
+    assert sorted(groups["all"]) == sorted(everything)
+    assert "fpn_det[all]" in groups["dev"]
