@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from http.client import HTTPException, HTTPMessage, HTTPResponse
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NoReturn
 from urllib.error import HTTPError, URLError
 from urllib.parse import urlsplit
 
@@ -122,9 +122,28 @@ def _mismatch(path: Path, sha256: str | None) -> str:
     """The checksum of a file if it does not begin with `sha256`, else nothing."""
     if sha256 is None:
         return ""
-    with path.open("rb") as file:
-        received = hashlib.file_digest(file, "sha256").hexdigest()
+    digest = hashlib.sha256()
+    with path.open("rb") as file, _progress(f"verifying {path.name}", path.stat().st_size, delay=1.0) as bar:
+        while chunk := file.read(CHUNK_BYTES):
+            digest.update(chunk)
+            bar.update(len(chunk))
+    received = digest.hexdigest()
     return "" if received.startswith(sha256) else received
+
+
+def _progress(what: str, total: int | None, *, initial: int = 0, delay: float = 0.0) -> tqdm[NoReturn]:
+    """A bar of bytes with rate and remaining time, from `delay` seconds on."""
+    return tqdm(
+        desc=printable(what),
+        total=total,
+        initial=initial,
+        unit="B",
+        unit_scale=True,
+        unit_divisor=1024,
+        delay=delay,
+        disable=None,  # shown on terminals
+        file=sys.stderr,
+    )
 
 
 def _fetch(url: str, part: IO[bytes], version_path: Path, path: Path) -> None:
@@ -188,16 +207,7 @@ def _receive(url: str, part: IO[bytes], version_path: Path, path: Path) -> None:
                 f"{path}: {missing:,} bytes are missing, and there is room for {free:,}. Free some space, or choose "
                 "another disk"
             )
-        with tqdm(
-            desc=printable(path.name),
-            total=total,
-            initial=part.tell(),
-            unit="B",
-            unit_scale=True,
-            unit_divisor=1024,
-            disable=None,  # shown on terminals
-            file=sys.stderr,
-        ) as bar:
+        with _progress(path.name, total, initial=part.tell()) as bar:
             for chunk in _chunks(response):
                 part.write(chunk)
                 bar.update(len(chunk))

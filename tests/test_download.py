@@ -32,7 +32,8 @@ class Server(ThreadingHTTPServer):
     """A server whose behaviour tests set.
 
     Attributes:
-        content: the file, at any path but those of `redirects`.
+        content: the file, at any path but those of `contents` and `redirects`.
+        contents: path to file.
         tag: its ETag; None sends none.
         cuts: of each request in turn, after how many bytes the connection ends; none left: it does not.
         statuses: of each request in turn, an HTTP status other than success.
@@ -50,6 +51,7 @@ class Server(ThreadingHTTPServer):
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
         self.content, self.cuts, self.statuses = CONTENT, [], []
+        self.contents: dict[str, bytes] = {}
         self.tag: str | None = '"one"'
         self.headers: dict[str, str] = {}
         self.ignores_ranges = self.ignores_if_range = self.chunked = False
@@ -92,7 +94,8 @@ class Handler(BaseHTTPRequestHandler):
             self.send_header("Content-Length", "0")
             self.end_headers()
             return
-        begin, total = 0, len(server.content)
+        content = server.contents.get(self.path, server.content)
+        begin, total = 0, len(content)
         asked = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
         unchanged = self.headers.get("If-Range") in (server.tag, server.headers.get("Last-Modified"))
         if asked and not server.ignores_ranges and (unchanged or server.ignores_if_range):
@@ -118,7 +121,7 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
         end = total if cut is None else min(total, begin + cut)
         for i in range(begin, end, 20_000):
-            piece = server.content[i : min(i + 20_000, end)]
+            piece = content[i : min(i + 20_000, end)]
             self.wfile.write(b"%x\r\n%b\r\n" % (len(piece), piece) if server.chunked else piece)
             time.sleep(server.pause_s)
         if server.chunked and cut is None:
