@@ -656,11 +656,11 @@ class Config(Section):
     model: ModelConfig = ModelConfig()
     """The detector."""
     data: DataConfig = DataConfig()
-    """The data set and its loading."""
+    """The data set."""
     optim: OptimConfig = OptimConfig()
     """Optimiser and learning rate."""
     train: TrainConfig = TrainConfig()
-    """Length and bookkeeping of the run."""
+    """Length and bookkeeping of the training run."""
     eval: EvalConfig = EvalConfig()
     """Evaluation."""
     runtime: RuntimeConfig = RuntimeConfig()
@@ -695,13 +695,21 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
         InputError: the file cannot be read, or it and the overrides do not make a valid configuration; all
             problems at once, one line each.
     """
+    return parse_config(read_text(path), source=str(path), name=path.stem, overrides=overrides)
+
+
+def read_text(path: Path) -> str:
+    """The text of a YAML file.
+
+    Raises:
+        InputError: it cannot be read.
+    """
     try:
-        text = path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise InputError(f"{path}: no such file; give the path of a YAML file") from None
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot be read as a text file: {error}") from error
-    return parse_config(text, source=str(path), name=path.stem, overrides=overrides)
 
 
 def parse_config(text: str, *, source: str, name: str = "", overrides: Sequence[str] = ()) -> Config:
@@ -712,6 +720,21 @@ def parse_config(text: str, *, source: str, name: str = "", overrides: Sequence[
         source: where it comes from, for error messages.
         name: name of the run if `text` gives none.
         overrides: as in `load_config`.
+
+    Raises:
+        InputError: as in `load_config`.
+    """
+    return trace_config(text, source=source, name=name, overrides=overrides)[0]
+
+
+def trace_config(
+    text: str, *, source: str, name: str = "", overrides: Sequence[str] = ()
+) -> tuple[Config, dict[str, str]]:
+    """The same as `parse_config`, and who gave the values.
+
+    Returns:
+        The configuration; dotted keys of all values that are given, in the file (`source`) or on the `COMMAND_LINE`.
+        The others are defaults.
 
     Raises:
         InputError: as in `load_config`.
@@ -740,7 +763,15 @@ def parse_config(text: str, *, source: str, name: str = "", overrides: Sequence[
                 problems.append(": ".join(part for part in where if part))
     if problems:
         raise InputError("\n".join(problems))
-    return config
+    return config, {key: _origin(key.split("."), source, file, command_line) for key in flatten(merged)}
+
+
+def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested values by their dotted keys; lists, also those of sections, are values."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
 
 
 def dump_config(config: Config) -> str:
@@ -751,6 +782,21 @@ def dump_config(config: Config) -> str:
 def dump_yaml(values: dict[str, Any]) -> str:
     """Write nested plain values as YAML that `load_config` reads back as they are."""
     return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110)
+
+
+def inline_yaml(value: Any) -> str:
+    """One plain value, or a list or mapping of such, as YAML in one line."""
+    match value:
+        case None:
+            return "none"
+        case list():
+            return f"[{', '.join(map(inline_yaml, value))}]"
+        case dict():
+            return f"{{{', '.join(f'{key}: {inline_yaml(item)}' for key, item in value.items())}}}"
+        case float() if value.is_integer() and abs(value) < 1e15:
+            return str(int(value))
+    lines = yaml.dump(value, Dumper=_Dumper, allow_unicode=True, width=float("inf")).removesuffix("...\n").splitlines()
+    return lines[0] if len(lines) == 1 else json.dumps(value)
 
 
 class _Loader(yaml.SafeLoader):

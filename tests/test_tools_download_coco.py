@@ -21,6 +21,7 @@ from fpn_det.config import Config, load_config
 from fpn_det.data import coco2017
 from fpn_det.data.archive import unpack
 from fpn_det.data.coco2017 import ARCHIVES, SERVER
+from fpn_det.structures import InputError
 from tests.test_download import Server, quick
 
 __all__ = ["quick"]  # a fixture: no pauses, short waits
@@ -232,3 +233,38 @@ def test_a_mirror_speaks_https(tool, tmp_path: Path) -> None:
     outcome = tool("download_coco", "--mirror", "http://example.org", "--output", tmp_path / "coco")
     assert outcome.code == 2
     assert "only https:// addresses are downloaded" in outcome.err
+
+
+def test_an_archive_with_too_few_files_is_refused(run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(coco2017.ARCHIVES, "val", replace(ARCHIVES["val"], num_files=4))
+    outcome = run("--parts", "val")
+    assert outcome.code == 2
+    assert re.search(r"val2017\.zip: has 3 files val2017/\*\.jpg, not the 4 of COCO", outcome.err)
+
+
+ANNOTATIONS, VAL, TRAIN = (ARCHIVES[part] for part in ("annotations", "val", "train"))
+CONTENTS = ANNOTATIONS.max_bytes + VAL.max_bytes + TRAIN.max_bytes
+
+
+@pytest.mark.parametrize(
+    ("arrived", "keep_zips", "needed"),
+    [
+        ({}, False, CONTENTS + TRAIN.num_bytes),
+        ({}, True, CONTENTS + ANNOTATIONS.num_bytes + VAL.num_bytes + TRAIN.num_bytes),
+        ({"train2017.zip.part": 10**10}, False, CONTENTS + TRAIN.num_bytes - 10**10),
+        ({"val2017.zip": VAL.num_bytes}, False, CONTENTS + TRAIN.num_bytes - VAL.num_bytes),
+    ],
+)
+def test_the_room_that_is_needed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arrived: dict[str, int], keep_zips: bool, needed: int
+) -> None:
+    """Worst while train2017.zip, the last, is unpacked; what has arrived is there already."""
+    for name, size in arrived.items():
+        with (tmp_path / name).open("wb") as file:
+            file.truncate(size)
+    order = [ANNOTATIONS, VAL, TRAIN]
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=needed))
+    coco2017.check_room(order, tmp_path, keep_zips=keep_zips)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=needed - 1))
+    with pytest.raises(InputError, match=rf"{needed / 1e9:.1f} GB are needed here .* room for {needed / 1e9:.1f} GB"):
+        coco2017.check_room(order, tmp_path, keep_zips=keep_zips)
