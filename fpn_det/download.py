@@ -123,7 +123,10 @@ def _mismatch(path: Path, sha256: str | None) -> str:
     if sha256 is None:
         return ""
     digest = hashlib.sha256()
-    with path.open("rb") as file, _progress(f"verifying {path.name}", path.stat().st_size, delay=1.0) as bar:
+    with (
+        path.open("rb") as file,
+        _progress(f"verifying {path.name.removesuffix('.part')}", path.stat().st_size, delay=1.0) as bar,
+    ):
         while chunk := file.read(CHUNK_BYTES):
             digest.update(chunk)
             bar.update(len(chunk))

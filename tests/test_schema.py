@@ -181,7 +181,20 @@ def test_every_key_of_the_configuration_is_there() -> None:
     assert set(_known_keys(Config)) <= found
 
 
-WRONG = [None, True, -1, 0, 0.5, 10**9, "text", [], [1], [-1], {}, {"a": 1}]  # not 8.0, which is an integer to JSON schemas
+WRONG = [
+    None,
+    True,
+    -1,
+    0,
+    0.5,
+    10**9,
+    "text",
+    [],
+    [1],
+    [-1],
+    {},
+    {"a": 1},
+]  # not 8.0, which is an integer to JSON schemas
 
 
 @pytest.mark.parametrize("key", sorted(flatten(Config().model_dump(mode="json"))))
