@@ -13,7 +13,7 @@ import yaml
 from jsonschema import Draft7Validator
 
 from fpn_det.config import Config, _known_keys, _Loader, dump_config, flatten, parse_config
-from fpn_det.schema import INTRODUCTION, config_reference, config_schema
+from fpn_det.schema import INTRODUCTION, _escape, config_reference, config_schema
 from fpn_det.structures import InputError
 
 ROOT = Path(__file__).parent.parent
@@ -270,3 +270,7 @@ def test_vs_code_finds_the_schema() -> None:
     [(schema, patterns)] = json.loads((ROOT / ".vscode/settings.json").read_text())["yaml.schemas"].items()
     assert (ROOT / schema).is_file()
     assert {path for pattern in patterns for path in ROOT.glob(pattern)} == set(CONFIGS)
+
+
+def test_text_in_tables_stays_text() -> None:
+    assert _escape("a | b, <kbd>") == "a \\| b, &lt;kbd>"
