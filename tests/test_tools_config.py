@@ -138,3 +138,13 @@ def test_names_cannot_steer_the_terminal(tool, tmp_path: Path) -> None:
         outcome = tool("config", *arguments)
         assert "\x1b" not in outcome.out + outcome.err
         assert outcome.out
+
+
+def test_names_cannot_write_lines(tool, tmp_path: Path) -> None:
+    plain, evil = tmp_path / "plain.yaml", tmp_path / "evil\nseed: 7\n#.yaml"
+    for path in (plain, evil):
+        path.write_text("optim: {lr: 1}")
+    for arguments in (["show"], ["diff"]):
+        expected = tool("config", *arguments, plain).out.count("\n")
+        assert tool("config", *arguments, evil).out.count("\n") == expected
+    assert tool("config", "diff", evil, plain).out.count("\n") == 2  # the titles, the name
