@@ -95,6 +95,24 @@ def load_image(path: Path, size: tuple[int, int] | None = None) -> Tensor:
     )
 
 
+def from_pillow(image: Image.Image) -> Tensor:
+    """An image that Pillow holds, as `load_image` gives it: RGB, upright.
+
+    Args:
+        image: of any mode; one that `Image.open` has not read yet is read.
+
+    Returns:
+        (3, H, W) uint8, channels last in memory.
+
+    Raises:
+        InputError: it cannot be read or converted.
+    """
+    try:
+        return _to_tensor(_turn_upright(image))
+    except Exception as error:  # as in `_decode_with_pillow`
+        raise InputError(f"a Pillow image cannot be used ({type(error).__name__}: {error})") from error
+
+
 def max_pixels() -> float:
     """Images of more pixels are refused: Pillow's limit, 89,478,485 unless the program has changed it."""
     return Image.MAX_IMAGE_PIXELS or math.inf
