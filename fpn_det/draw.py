@@ -37,6 +37,12 @@ def class_color(label: int) -> Color:
     return round(255 * red), round(255 * green), round(255 * blue)
 
 
+def text_color(background: Color) -> Color:
+    """Black or white, whichever has more contrast (WCAG's relative luminance, with gamma 2.2)."""
+    red, green, blue = ((c / 255) ** 2.2 for c in background)
+    return (0, 0, 0) if 0.2126 * red + 0.7152 * green + 0.0722 * blue > 0.18 else (255, 255, 255)
+
+
 def draw_boxes(
     image: Tensor,
     boxes: Tensor,
@@ -176,19 +182,13 @@ def _draw_label(draw: ImageDraw.ImageDraw, text: str, x: int, y: int, *, color: 
     x = max(0, min(x, canvas[0] - width))
     y = y - height if y >= height else max(0, min(y, canvas[1] - height))
     draw.rectangle((x, y, x + width - 1, y + height - 1), fill=color)
-    draw.text((x + pad, y + ascent), text, fill=_text_color(color), font=font, anchor="ls")
+    draw.text((x + pad, y + ascent), text, fill=text_color(color), font=font, anchor="ls")
 
 
 def _font(canvas: tuple[int, int]) -> ImageFont.FreeTypeFont:
     font = ImageFont.load_default(size=max(12, round(min(canvas) / 36)))
     assert isinstance(font, ImageFont.FreeTypeFont)  # what a `size` asks for
     return font
-
-
-def _text_color(background: Color) -> Color:
-    """Black or white, whichever has more contrast (WCAG's relative luminance, with gamma 2.2)."""
-    red, green, blue = ((c / 255) ** 2.2 for c in background)
-    return (0, 0, 0) if 0.2126 * red + 0.7152 * green + 0.0722 * blue > 0.18 else (255, 255, 255)
 
 
 def _to_tensor(picture: Image.Image) -> Tensor:

@@ -82,10 +82,10 @@ def load_image(path: Path, size: tuple[int, int] | None = None) -> Tensor:
         InputError: the file cannot be read or decoded, or its size is not `size`.
     """
     data = _read(path)
-    image = _decode(path, data, upright=True)
+    image = decode_image(data, path)
     if size is None or tuple(image.shape[1:]) == size:
         return image
-    stored = _decode(path, data, upright=False)
+    stored = decode_image(data, path, upright=False)
     if tuple(stored.shape[1:]) == size:
         return stored
     h, w = image.shape[1:]
@@ -93,6 +93,47 @@ def load_image(path: Path, size: tuple[int, int] | None = None) -> Tensor:
         f"{path}: the image is {w}x{h} (width x height), but the annotations say {size[1]}x{size[0]}; "
         "correct the annotation file or replace the image"
     )
+
+
+def decode_image(data: bytes, path: Path, *, upright: bool = True) -> Tensor:
+    """Decode the content of an image file to RGB, as `load_image` does.
+
+    Args:
+        data: the content.
+        path: where it comes from, for the message.
+        upright: apply the EXIF orientation.
+
+    Returns:
+        (3, H, W) uint8, channels last in memory.
+
+    Raises:
+        InputError: it cannot be decoded.
+    """
+    if _is_plain_jpeg(data):
+        raw = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+        try:
+            return decode_jpeg(raw, mode=ImageReadMode.RGB, apply_exif_orientation=upright)
+        except RuntimeError:
+            pass  # Pillow reads more dialects, and says more clearly what is wrong with the rest
+    return _decode_with_pillow(path, data, upright=upright)
+
+
+def from_pillow(image: Image.Image) -> Tensor:
+    """An image that Pillow holds, as `load_image` gives it: RGB, upright.
+
+    Args:
+        image: of any mode; one that `Image.open` has not read yet is read.
+
+    Returns:
+        (3, H, W) uint8, channels last in memory.
+
+    Raises:
+        InputError: it cannot be read or converted.
+    """
+    try:
+        return _to_tensor(_turn_upright(image))
+    except Exception as error:  # as in `_decode_with_pillow`
+        raise InputError(f"a Pillow image cannot be used ({type(error).__name__}: {error})") from error
 
 
 def max_pixels() -> float:
@@ -325,17 +366,6 @@ def _read(path: Path) -> bytes:
             return file.read(status.st_size)  # not to its end, which may move away
     except OSError as error:
         raise InputError(f"{path}: cannot read the image ({error.strerror}); put it there or leave it out") from error
-
-
-def _decode(path: Path, data: bytes, *, upright: bool) -> Tensor:
-    """Decode to (3, H, W) uint8 RGB; `upright` applies the EXIF orientation."""
-    if _is_plain_jpeg(data):
-        raw = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-        try:
-            return decode_jpeg(raw, mode=ImageReadMode.RGB, apply_exif_orientation=upright)
-        except RuntimeError:
-            pass  # Pillow reads more dialects, and says more clearly what is wrong with the rest
-    return _decode_with_pillow(path, data, upright=upright)
 
 
 def _decode_with_pillow(path: Path, data: bytes, *, upright: bool) -> Tensor:
