@@ -43,7 +43,7 @@ EVAL = ("eval", "--checkpoint", "runs/mine/best.pth")
 CASES = {
     "a run": ("train",),  # whose folder and checkpoint the others find
     "an unknown key": (*TRAIN, "model.num_clases=3"),
-    "values that do not fit": (*TRAIN, "model.backbone.norm=frozen_bn"),
+    "a value without effect": (*TRAIN, "model.rpn.box_loss=giou", "model.rpn.smooth_l1_beta=0.1"),
     "no annotations": (*TRAIN, "data.train.annotations=data/mine/anotations/train.json"),
     "no images": (*TRAIN, "data.train.images=data/mine/val"),
     "broken boxes": (*CHECK, f"data.train.annotations={ANNOTATIONS}/degenerate.json"),
