@@ -1,4 +1,4 @@
-"""README.md and docs/: links lead somewhere, and the commands that no test runs name tools, options and keys that exist."""
+"""The documents: links lead somewhere, and commands that no test can run name tools, options and keys that exist."""
 
 from __future__ import annotations
 
