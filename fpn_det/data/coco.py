@@ -234,7 +234,16 @@ def read_categories(path: Path) -> Categories:
     Raises:
         InputError: what `read_coco_json` raises, or a category without id or name, or with the id of another.
     """
-    categories, problems = _read_categories(read_coco_json(path)["categories"])
+    return check_categories(path, read_coco_json(path)["categories"])
+
+
+def check_categories(path: Path, entries: list[Any]) -> Categories:
+    """The categories of the list `categories` of `path`.
+
+    Raises:
+        InputError: a category without id or name, or with the id of another.
+    """
+    categories, problems = _read_categories(entries)
     refused = [p for p in problems if p.defect.outcome == "refused"]
     if refused:
         raise InputError(f"{path}: category {refused[0].value}: {refused[0].defect.reason}")
