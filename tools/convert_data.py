@@ -164,9 +164,14 @@ def merge(args: argparse.Namespace) -> None:
     parts = [_read(source, args.on_error) for source in args.source]
     merged, folder, problems = merge_records(parts, args.images, duplicates=args.duplicates)
     say(format_table({args.output.stem: merged}))
-    refused = problems if args.duplicates == "fail" else []
+    num_refused = len(problems) if args.duplicates == "fail" else 0
     problems += find_copies(folder, [image["file_name"] for image in merged.images])
-    _settle(problems, "fail" if refused else "drop")
+    _settle(problems, "drop")
+    if num_refused:
+        raise InputError(
+            f"{num_refused:,} images are in several of the files, as said above; nothing was written. Say which "
+            "annotations to take: --duplicates unite or first"
+        )
     _write_one(merged, args)
     _say_config({args.output.stem: (folder, args.output)})
 

@@ -45,7 +45,9 @@ class ImageFolder:
         self._by_file: dict[str, list[str]] = {}
         for name in sorted(self.names):
             self._by_stem.setdefault(stem(name), []).append(name)
-            self._by_file.setdefault(name.rpartition("/")[2], []).append(name)
+            file = name.rpartition("/")[2]
+            for key in {file, stem(file)}:
+                self._by_file.setdefault(key, []).append(name)
 
     def named(self, stated: str) -> list[str]:
         """The images that a name may mean: the file itself, else those of that file name in any folder.
@@ -60,8 +62,7 @@ class ImageFolder:
                 return [name]
             if name in self._by_stem:
                 return self._by_stem[name]
-        file = name.rpartition("/")[2]
-        return self._by_file.get(file) or (self._by_stem.get(file, []) if not os.path.splitext(file)[1] else [])
+        return self._by_file.get(name.rpartition("/")[2], [])
 
     def of_stem(self, name: str) -> list[str]:
         """The images whose name without suffix is `name`, as label files are called after their image."""

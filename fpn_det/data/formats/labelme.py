@@ -95,11 +95,11 @@ def _read_file(path: Path, name: str, collector: Collector) -> None:
             collector.note(Defect.LABEL_MALFORMED, where, shown(shape))
             continue
         kind, points = shape.get("shape_type") or "polygon", _points(shape.get("points"))
-        if not isinstance(kind, str) or kind not in FEWEST_POINTS or len(points or (0,) * 9) < FEWEST_POINTS[kind]:
+        fewest = FEWEST_POINTS.get(kind) if isinstance(kind, str) else None
+        if fewest is None or (points is not None and len(points) < fewest):
             collector.note(Defect.LABEL_SHAPE, where, f"{shown(kind)} of points {shown(shape.get('points'))}")
             continue
-        name_ = shape.get("label")
-        label = collector.label(where, name_, None if points is None else _box(kind, points))
+        label = collector.label(where, shape.get("label"), None if points is None else _box(kind, points))
         if label is not None:
             image.labels.append(label)
 

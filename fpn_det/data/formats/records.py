@@ -346,7 +346,7 @@ def merge_records(
         categories=categories,
         rest=rest,
     )
-    return merged, root, problems
+    return merged, _shortest(root), problems
 
 
 def _unite_categories(parts: Sequence[CocoRecords]) -> tuple[list[Entry], list[dict[int, int]]]:
@@ -375,6 +375,11 @@ def _unite_licenses(parts: Sequence[CocoRecords]) -> tuple[list[Entry], list[dic
                 new_ids[str(entry.get("id"))] = united.setdefault(key, {**entry, "id": len(united) + 1})["id"]
         maps.append(new_ids)
     return [*united.values()], maps
+
+
+def _shortest(path: Path) -> Path:
+    """The path relative to the current folder, if it is in there."""
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
 def _relative(path: str, root: Path) -> str:

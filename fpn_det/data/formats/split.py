@@ -55,19 +55,15 @@ def assign(groups: Mapping[str, Counts], fractions: Sequence[float], *, seed: in
             if name in assigned:
                 continue
             counts = groups[name]
-            parts = range(len(fractions))
-            with_room = [part for part in parts if filled[part][IMAGES] + counts[IMAGES] <= capacity[part]]
-            part = min(
-                with_room or parts,
-                key=lambda part: (
-                    fill(part, rarest if with_room else IMAGES, counts[rarest if with_room else IMAGES]),
-                    fill(part, IMAGES, counts[IMAGES]),
-                ),
-            )
-            assigned[name] = part
+            everywhere = range(len(fractions))
+            with_room = [part for part in everywhere if filled[part][IMAGES] + counts[IMAGES] <= capacity[part]]
+            order = (rarest, IMAGES) if with_room else (IMAGES,)
+            fills = {part: [fill(part, key, counts[key]) for key in order] for part in with_room or everywhere}
+            part = assigned[name] = min(fills, key=fills.__getitem__)
             filled[part].update(counts)
             for key, count in counts.items():
-                num_left[key] -= count > 0
+                if count:
+                    num_left[key] -= 1
         del num_left[rarest]
     return assigned
 

@@ -203,7 +203,7 @@ def _find_images(sources: Sequence[Path]) -> tuple[ImageFolder, list[str]]:
 
 
 def _labels_path(folder: Path, name: str, labels: Path | None) -> Path:
-    """Where the labels of an image are: in the folder `labels`, else the last folder called `images` becomes `labels`."""
+    """Where the labels of an image are: below `labels`, else the last folder called `images` becomes one so called."""
     if labels is not None:
         return labels / f"{stem(name)}.txt"
     head, found, tail = os.path.abspath(folder / name).rpartition(f"{os.sep}images{os.sep}")
