@@ -150,8 +150,11 @@ def to_yolo(args: argparse.Namespace) -> None:
 
 def split(args: argparse.Namespace) -> None:
     """Divide by fractions."""
+    fractions = dict(args.fractions)
+    if len(fractions) < len(args.fractions):
+        raise InputError(f"--fractions: a name is there twice: {' '.join(name for name, _ in args.fractions)}")
     records = _read(args.source, args.on_error)
-    parts = split_records(records, dict(args.fractions), seed=args.seed, group_by=args.group_by)
+    parts = split_records(records, fractions, seed=args.seed, group_by=args.group_by)
     say(format_table(parts, with_shares=True))
     written = _write(parts, args.output, overwrite=args.overwrite)
     _say_config({name: (args.images, path) for name, path in written.items()})

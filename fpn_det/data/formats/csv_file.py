@@ -12,12 +12,13 @@ A row without corners and class is an image without objects.
 from __future__ import annotations
 
 import csv
-import io
+import stat
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
-from typing import NamedTuple
+from typing import TextIO
 
 from tqdm import tqdm
 
@@ -58,17 +59,13 @@ HEADERS = {
 }
 """What a column is called, in lower case: the first name that a file has."""
 
-REQUIRED = ("image", "class", "x1", "y1", "x2", "y2")
-HEADERLESS = ("image", "x1", "y1", "x2", "y2", "class")
+CORNERS = ("x1", "y1", "x2", "y2")
+REQUIRED = ("image", "class", *CORNERS)
+HEADERLESS = ("image", *CORNERS, "class")
 DELIMITERS = ",;\t"
 
-MIN_ROWS_TO_JUDGE = 20
+MIN_BOXES_TO_JUDGE = 20
 """Fewer boxes may look like fractions by chance."""
-
-
-class _Row(NamedTuple):
-    line: int
-    values: dict[str, str]
 
 
 def read_csv(
@@ -102,11 +99,8 @@ def read_csv(
     unlabelled = set(folder.names)
     for path in paths:
         collector = Collector(folder, problems, classes)
-        rows, is_open_images = _read_rows(path)
-        fractions = normalized or is_open_images
-        if not fractions:
-            _refuse_fractions(path, rows)
-        _take_rows(path, rows, collector, fractions=fractions, one_based=one_based)
+        with _open(path) as file:
+            _read_table(_Table(path, file), collector, normalized=normalized, one_based=one_based)
         splits[path.stem] = collector.split()
         unlabelled &= collector.unlabelled()
     return LabelledData(
@@ -117,45 +111,64 @@ def read_csv(
     )
 
 
-def _read_rows(path: Path) -> tuple[list[_Row], bool]:
-    """The rows with their columns by our names, and whether they are Open Images' (fractions)."""
+@contextmanager
+def _open(path: Path) -> Iterator[TextIO]:
     try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: byte {error.start:,} is not UTF-8: save the file as UTF-8") from error
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise InputError(f"{path}: cannot be read (it is a folder, a pipe or a device, not a file)")
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            yield file
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from error
-    first = text.split("\n", 1)[0]
-    if not first.strip():
-        raise InputError(f"{path}: the first line is empty; expected the names of the columns")
-    delimiter = max(DELIMITERS, key=first.count)
-    lines = _parse(path, text, delimiter)
-    _, header = next(lines)
-    columns = _columns(header)
-    if columns is None:
-        if not _is_row(header):
-            wanted = "; ".join(f"{key}: {', '.join(HEADERS[key][:4])}" for key in REQUIRED)
-            raise InputError(f"{path}: not all columns are there ({wanted}). It has {shown(list(header))}; rename them")
-        columns = {key: place for place, key in enumerate(HEADERLESS)}
-        lines = chain([(1, header)], lines)
-    rows = [
-        _Row(line, {key: fields[i].strip() if i < len(fields) else "" for key, i in columns.items()})
-        for line, fields in lines
-        if any(field.strip() for field in fields)
-    ]
-    if not rows:
-        raise InputError(f"{path}: no row below the names of the columns")
-    names = {name.strip().lower() for name in header}
-    return rows, {"imageid", "isgroupof"} <= names
 
 
-def _parse(path: Path, text: str, delimiter: str) -> Iterator[tuple[int, list[str]]]:
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
-    try:
-        for fields in reader:
-            yield reader.line_num, fields
-    except csv.Error as error:
-        raise InputError(f"{path}:{reader.line_num}: is not valid CSV ({error})") from error
+class _Table:
+    """The rows of a file, one after the other, by our names of the columns.
+
+    Attributes:
+        path: the file.
+        columns: our name of a column -> its place.
+        is_open_images: the header is Open Images'.
+    """
+
+    def __init__(self, path: Path, file: TextIO) -> None:
+        self.path = path
+        lines = self._lines(file)
+        _, header = next(lines, (1, []))
+        if not any(header):
+            raise InputError(f"{path}: the first line is empty; expected the names of the columns")
+        self._rows = lines
+        columns = _columns(header)
+        if columns is None:
+            if not _is_row(header):
+                wanted = "; ".join(f"{key}: {', '.join(HEADERS[key][:4])}" for key in REQUIRED)
+                raise InputError(
+                    f"{path}: not all columns are there ({wanted}). It has {shown(list(header))}; rename them"
+                )
+            columns = {key: place for place, key in enumerate(HEADERLESS)}
+            self._rows = chain([(1, header)], lines)
+        self.columns = columns
+        self.is_open_images = {"imageid", "isgroupof"} <= {name.strip().lower() for name in header}
+
+    def _lines(self, file: TextIO) -> Iterator[tuple[int, list[str]]]:
+        line = 0
+        try:
+            first = file.readline(csv.field_size_limit())
+            file.seek(0)
+            reader = csv.reader(file, delimiter=max(DELIMITERS, key=first.count))
+            for fields in reader:
+                line = reader.line_num
+                yield line, fields
+        except csv.Error as error:
+            raise InputError(f"{self.path}:{line + 1}: is not valid CSV ({error})") from error
+        except UnicodeDecodeError as error:
+            raise InputError(f"{self.path}: after line {line} it is not UTF-8: save the file as UTF-8") from error
+
+    def __iter__(self) -> Iterator[tuple[int, dict[str, str]]]:
+        for line, fields in self._rows:
+            if any(fields):
+                places = self.columns.items()
+                yield line, {key: fields[i].strip() if i < len(fields) else "" for key, i in places}
 
 
 def _columns(header: Sequence[str]) -> dict[str, int] | None:
@@ -173,40 +186,51 @@ def _is_row(fields: Sequence[str]) -> bool:
     return len(fields) == len(HEADERLESS) and (numbers(corners) is not None or not any(corners))
 
 
-def _refuse_fractions(path: Path, rows: Sequence[_Row]) -> None:
-    corners = [numbers(row.values[key] for key in ("x1", "y1", "x2", "y2")) for row in rows]
-    boxes = [box for box in corners if box]
-    if len(boxes) >= MIN_ROWS_TO_JUDGE and all(0 <= value <= 1 for box in boxes for value in box):
+def _read_table(table: _Table, collector: Collector, *, normalized: bool, one_based: bool) -> None:
+    """Take the rows.
+
+    Raises:
+        InputError: there are none, or all corners look like fractions, and nobody said that they are.
+    """
+    path, fractions = table.path, normalized or table.is_open_images
+    images: dict[str, LabelledImage | None] = {}  # as the file calls them
+    num_boxes = num_small = 0
+    for line, values in tqdm(table, desc=f"reading {path.stem}", unit="row", disable=None, file=sys.stderr):
+        where, name = f"{path}:{line}", values["image"]
+        if name not in images:
+            found = collector.folder.named(name) if name and "\0" not in name else []
+            images[name] = collector.image(where, found, _stated_size(values), called=name)
+        image = images[name]
+        corners = [values[key] for key in CORNERS]
+        if image is None or not any([*corners, values["class"]]):
+            continue
+        box = numbers(corners)
+        if box is not None:
+            num_boxes += 1
+            is_small = all(0 <= value <= 1 for value in box)
+            num_small += is_small
+            if fractions and not is_small:
+                collector.note(Defect.LABEL_FRACTIONS, where, shown(corners))
+                continue
+            box = _in_pixels(box, image, fractions=fractions, one_based=one_based)
+        is_crowd = number(values.get("crowd", "0")) == 1
+        label = collector.label(where, values["class"], box, is_crowd=is_crowd)
+        if label is not None:
+            image.labels.append(label)
+    if not images:
+        raise InputError(f"{path}: no row below the names of the columns")
+    if not fractions and num_boxes >= MIN_BOXES_TO_JUDGE and num_small == num_boxes:
         raise InputError(
             f"{path}: no corner is above 1: they look like fractions of the image. If so, add --normalized"
         )
 
 
-def _take_rows(path: Path, rows: Sequence[_Row], collector: Collector, *, fractions: bool, one_based: bool) -> None:
-    images: dict[str, LabelledImage | None] = {}  # as the file calls them
-    for row in tqdm(rows, desc=f"reading {path.stem}", unit="row", disable=None, file=sys.stderr):
-        where, values = f"{path}:{row.line}", row.values
-        name = values["image"]
-        if name not in images:
-            found = collector.folder.named(name) if name and "\0" not in name else []
-            images[name] = collector.image(where, found, _stated_size(values), called=name)
-        image = images[name]
-        corners = [values[key] for key in ("x1", "y1", "x2", "y2")]
-        if image is None or not any([*corners, values["class"]]):
-            continue
-        box = numbers(corners)
-        if box is not None and fractions:
-            if not all(0 <= value <= 1 for value in box):
-                collector.note(Defect.LABEL_FRACTIONS, where, shown(corners))
-                continue
-            height, width = image.size
-            box = [box[0] * width, box[1] * height, box[2] * width, box[3] * height]
-        elif box is not None and one_based:
-            box = [box[0] - 1, box[1] - 1, box[2], box[3]]
-        is_crowd = number(values.get("crowd", "0")) == 1
-        label = collector.label(where, values["class"], box, is_crowd=is_crowd)
-        if label is not None:
-            image.labels.append(label)
+def _in_pixels(box: Sequence[float], image: LabelledImage, *, fractions: bool, one_based: bool) -> list[float]:
+    x1, y1, x2, y2 = box
+    if fractions:
+        height, width = image.size
+        return [x1 * width, y1 * height, x2 * width, y2 * height]
+    return [x1 - 1, y1 - 1, x2, y2] if one_based else [x1, y1, x2, y2]
 
 
 def _stated_size(values: dict[str, str]) -> tuple[int, int] | None:

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from fpn_det.data.coco import check_categories, read_coco_json
+from fpn_det.data.coco import check_categories, garbage_collection_paused, read_coco_json
 from fpn_det.data.formats.split import IMAGES, Counts, assign
 from fpn_det.data.problems import Defect, Problem, problem, shown
 from fpn_det.files import write_text
@@ -73,7 +73,8 @@ def read_records(path: Path) -> tuple[CocoRecords, list[Problem]]:
     Raises:
         InputError: what `fpn_det.data.coco.read_coco_json` raises, or a category without id or name.
     """
-    content = read_coco_json(path)
+    with garbage_collection_paused():
+        content = read_coco_json(path, "Name a file in COCO format; paths are relative to the current folder")
     categories = check_categories(path, content["categories"])
     problems: list[Problem] = []
     images = _usable_images(content["images"], problems)

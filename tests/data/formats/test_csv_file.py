@@ -108,7 +108,9 @@ def test_rows_that_are_none(images: Path, row: str, defect: Defect) -> None:
 
 
 def test_sizes_that_differ(images: Path) -> None:
-    data = read(images, "filename,width,height,class,xmin,ymin,xmax,ymax\na.jpg,101,50,cat,1,1,2,2\na.jpg,101,50,c,1,1,2,2")
+    data = read(
+        images, "filename,width,height,class,xmin,ymin,xmax,ymax\na.jpg,101,50,cat,1,1,2,2\na.jpg,101,50,c,1,1,2,2"
+    )
     assert [p.defect for p in data.problems] == [Defect.IMAGE_SIZE_DIFFERS]  # once for the image
     assert data.splits["train"].images == []
 
@@ -120,7 +122,7 @@ def test_sizes_that_differ(images: Path) -> None:
         ("path,x1,y1,x2,y2,class\n", "no row below"),
         ("path,x1,y1,x2,class\na.jpg,1,1,2,cat", "not all columns are there"),
         ("a.jpg,1,1,2,cat", "not all columns are there"),
-        ("path,x1,y1,x2,y2,class\na.jpg,1,1,2,2,caf\u00e9".encode("latin-1"), "is not UTF-8"),
+        ("path,x1,y1,x2,y2,class\na.jpg,1,1,2,2,caf\u00e9".encode("latin-1"), "after line 1 it is not UTF-8"),
         ("path,x1,y1,x2,y2,class\n" + "x" * 200_000, "not valid CSV"),
     ],
 )

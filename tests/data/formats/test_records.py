@@ -82,7 +82,14 @@ def test_reading_and_writing_changes_nothing(tmp_path: Path) -> None:
 def test_entries_that_are_none(tmp_path: Path) -> None:
     image, annotation = CONTENT["images"][0], CONTENT["annotations"][0]
     changes = {
-        "images": [image, image, {**image, "id": 1}, {**image, "id": 1, "width": 1}, 5, {**image, "id": 2, "file_name": 3}],
+        "images": [
+            image,
+            image,
+            {**image, "id": 1},
+            {**image, "id": 1, "width": 1},
+            5,
+            {**image, "id": 2, "file_name": 3},
+        ],
         "annotations": [
             annotation,
             {**annotation, "image_id": 1},
@@ -212,7 +219,7 @@ def test_empty_images_can_go(tmp_path: Path) -> None:
 
 
 def other(folder: Path, **changes: Any) -> CocoRecords:
-    """A second data set: ids that collide with those of the first, one class in common, another licence of the same id."""
+    """A second data set: its ids collide with those of the first, one class is common, one licence has another id."""
     categories = [{"id": 3, "name": "dog"}, {"id": 7, "name": "car"}, {"id": 11, "name": "tram"}]
     licenses = [{"id": 4, "name": "CC0", "url": "u"}, {"id": 5, "name": "MIT", "url": "u"}]
     return read(folder, "other", categories=categories, licenses=licenses, **changes)
@@ -256,7 +263,9 @@ def test_images_in_several_files(tmp_path: Path) -> None:
         ("first", Defect.IMAGE_IN_EARLIER, meaning(a)),
         ("unite", Defect.IMAGE_UNITED, meaning(a) + meaning(b)),
     ):
-        merged, _, problems = merge_records([a, b], [tmp_path / "x/../images", tmp_path / "images"], duplicates=duplicates)
+        merged, _, problems = merge_records(
+            [a, b], [tmp_path / "x/../images", tmp_path / "images"], duplicates=duplicates
+        )
         assert [p.defect for p in problems] == [defect] * 6
         assert "coco.json" in problems[0].value
         assert "other.json" in problems[0].value

@@ -58,7 +58,6 @@ def test_shares_of_a_long_tail(seed: int) -> None:
     shuffled = sorted(groups, key=lambda name: rng.random())
     at_random = {name: (i >= 1600) + (i >= 1800) for i, name in enumerate(shuffled)}
     ours, theirs = (errors(groups, p, fractions) for p in (assign(groups, fractions, seed=seed), at_random))
-    print(max(ours), sum(ours) / len(ours), max(theirs), sum(theirs) / len(theirs))
     assert max(ours) < 0.2 < 0.4 < max(theirs)
     assert sum(ours) < sum(theirs) / 10
 

@@ -178,13 +178,15 @@ def test_objects_that_are_none(folder: Path, kind: str) -> None:
     assert len(data.splits["all"].images[0].labels) == 1
 
 
-def test_a_million_nested_elements() -> None:
+def test_deeply_nested_elements() -> None:
     root = parse_xml(b"<annotation>" + b"<a>" * 100_000 + b"</a>" * 100_000 + b"</annotation>")
     assert root.tag == "annotation"
 
 
 def test_names_are_kept_and_shown_escaped(folder: Path) -> None:
-    write(folder, "a", an_object(9, 9, 1, 1, name="cat\x7f&#10;step 9: AP 99"), an_object(1, 1, 9, 9, name="赤血球 &lt;"))
+    write(
+        folder, "a", an_object(9, 9, 1, 1, name="cat\x7f&#10;step 9: AP 99"), an_object(1, 1, 9, 9, name="赤血球 &lt;")
+    )
     data = read_voc(folder)
     assert data.classes == ("赤血球 <",)
     assert data.problems[0].value.isprintable()

@@ -73,7 +73,8 @@ def test_what_hotcoco_writes_is_read(shapes: Path, tmp_path: Path) -> None:
     for index, name in enumerate(data.names()):
         boxes, labels = data.targets(index)
         assert [found.classes.index(label.name) for label in images[name].labels] == labels.tolist()
-        np.testing.assert_allclose([l.box for l in images[name].labels] or np.zeros((0, 4)), boxes.numpy(), atol=1e-3)
+        found_boxes = np.array([label.box for label in images[name].labels]).reshape(-1, 4)
+        np.testing.assert_allclose(found_boxes, boxes.numpy(), atol=1e-3)
 
 
 # Writing
