@@ -157,6 +157,7 @@ def test_nothing_is_written_unless_entries_may_be_left_out(run) -> None:
     arguments = ("from-csv", "train.csv", "--images", ".", "--output", "out")
     assert "2 entries cannot be used, as said above; nothing was written" in run(*arguments, code=2)
     assert not Path("out").exists()
+    assert "2 entries" in run(*arguments, "--examples", "0", code=2)
     out = run(*arguments, "--on-error", "drop")
     assert "train.csv:3: class 'cat'" in out
     assert "train.csv:4: 'gone.png'" in out

@@ -12,8 +12,9 @@
 Each prints what it read, what it left out and why, and the lines for the config. Images stay where they are (to-yolo
 links or copies them). `COMMAND --help` has the options; `fpn_det/data/formats` says how each format is read.
 
-Entries that cannot be used are listed all at once, with file and place, and nothing is written; with --on-error drop,
-all the others are. Existing files are kept unless there is --overwrite.
+Entries that cannot be used are counted all at once, the first of each kind listed with file and place (--examples says
+how many), and nothing is written; with --on-error drop, all the others are. Existing files are kept unless there is
+--overwrite.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ from fpn_det.data.formats.records import (
 )
 from fpn_det.data.formats.voc import Difficult, read_voc
 from fpn_det.data.formats.yolo import Place, read_yolo, unfit_images, write_yolo
-from fpn_det.data.problems import Problem, format_problems, shown
+from fpn_det.data.problems import Defect, Problem, format_problems, shown
 from fpn_det.files import write_errors
 from fpn_det.structures import InputError
 
@@ -109,7 +110,7 @@ def _write_labels(data: LabelledData, args: argparse.Namespace, name: str) -> No
     say(format_table(splits))
     if data.num_unlabelled:
         say(f"\nnot in it: {data.num_unlabelled:,} images that no labels are about")
-    _settle(data.problems, args.on_error)
+    _settle(data.problems, args)
     for split, records in splits.items():
         if not records.images or not records.categories:
             what = "image" if not records.images else "class"
@@ -143,7 +144,7 @@ def to_yolo(args: argparse.Namespace) -> None:
     splits = {split: data.without(unfit_images(data)) for split, data in splits.items()}
     for split, data in splits.items():
         say(f"{split}: {data.summary()}")
-    _settle([p for data in splits.values() for p in data.problems], args.on_error)
+    _settle([p for data in splits.values() for p in data.problems], args)
     write_yolo(args.output, splits, place=args.images)
     say(f"\nwritten: {args.output / 'data.yaml'}")
 
@@ -153,7 +154,7 @@ def split(args: argparse.Namespace) -> None:
     fractions = dict(args.fractions)
     if len(fractions) < len(args.fractions):
         raise InputError(f"--fractions: a name is there twice: {' '.join(name for name, _ in args.fractions)}")
-    records = _read(args.source, args.on_error)
+    records = _read(args.source, args)
     parts = split_records(records, fractions, seed=args.seed, group_by=args.group_by)
     say(format_table(parts, with_shares=True))
     written = _write(parts, args.output, overwrite=args.overwrite)
@@ -164,15 +165,16 @@ def merge(args: argparse.Namespace) -> None:
     """Put several data sets into one."""
     if len(args.images) != len(args.source):
         raise InputError(f"--images: {len(args.images)} folders for {len(args.source)} files; name one for each")
-    parts = [_read(source, args.on_error) for source in args.source]
+    parts = [_read(source, args) for source in args.source]
     merged, folder, problems = merge_records(parts, args.images, duplicates=args.duplicates)
     say(format_table({args.output.stem: merged}))
-    num_refused = len(problems) if args.duplicates == "fail" else 0
     problems += find_copies(folder, [image["file_name"] for image in merged.images])
-    _settle(problems, "drop")
-    if num_refused:
+    if problems:
+        say(f"\n{format_problems(problems, args.examples)}")
+    refused = [p for p in problems if p.defect is Defect.IMAGE_IN_EARLIER and args.duplicates == "fail"]
+    if refused:
         raise InputError(
-            f"{num_refused:,} images are in several of the files, as said above; nothing was written. Say which "
+            f"{len(refused):,} images are in several of the files, as said above; nothing was written. Say which "
             "annotations to take: --duplicates unite or first"
         )
     _write_one(merged, args)
@@ -181,7 +183,7 @@ def merge(args: argparse.Namespace) -> None:
 
 def subset(args: argparse.Namespace) -> None:
     """Keep, leave out and rename classes."""
-    records = _read(args.source, args.on_error)
+    records = _read(args.source, args)
     rename = dict(_renaming(pair, records) for pair in args.rename)
     chosen = choose_classes(
         records, keep=args.keep, drop=args.drop, rename=rename, drop_empty=args.empty_images == "drop"
@@ -206,18 +208,18 @@ def _renaming(pair: str, records: CocoRecords) -> tuple[str, str]:
 # --- What they share ---
 
 
-def _read(path: Path, on_error: str) -> CocoRecords:
+def _read(path: Path, args: argparse.Namespace) -> CocoRecords:
     records, problems = read_records(path)
-    _settle(problems, on_error)
+    _settle(problems, args)
     return records
 
 
-def _settle(problems: Sequence[Problem], on_error: str) -> None:
+def _settle(problems: Sequence[Problem], args: argparse.Namespace) -> None:
     """Print what is wrong; refuse to go on if entries would be lost and the user has not said that they may be."""
     if problems:
-        say(f"\n{format_problems(problems)}")
+        say(f"\n{format_problems(problems, args.examples)}")
     lost = sum(p.defect.outcome in ("left out", "refused") for p in problems)
-    if lost and on_error == "fail":
+    if lost and args.on_error == "fail":
         raise InputError(
             f"{lost:,} {'entry' if lost == 1 else 'entries'} cannot be used, as said above; nothing was written. "
             "Correct the data, or go on without them with --on-error drop"
@@ -279,6 +281,9 @@ def _parser() -> argparse.ArgumentParser:
             choices=("fail", "drop"),
             default="fail",
             help="entries that cannot be used: write nothing (default), or leave them out",
+        )
+        added.add_argument(
+            *("--examples",), type=int, default=5, metavar="N", help="how many of each kind to list (default: 5)"
         )
         return added
 

@@ -6,6 +6,7 @@ xmin, xmax become x1 = xmin - 1, x2 = xmax; the same for y.
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,7 +15,7 @@ from xml.etree import ElementTree
 
 from tqdm import tqdm
 
-from fpn_det.data.formats.image_folder import ImageFolder
+from fpn_det.data.formats.image_folder import ImageFolder, stem
 from fpn_det.data.formats.labels import (
     Box,
     Collector,
@@ -84,6 +85,7 @@ def read_voc(
     for split, names in members.items():
         collector = Collector(image_folder, problems, classes)
         for name in tqdm(names, desc=f"reading {split}", unit="file", disable=None, file=sys.stderr):
+            name = name if name in files else stem(name)  # some lists have the suffix of the image
             if name in files:
                 _read_file(files[name], name, collector, zero_based=zero_based, difficult=difficult)
             else:
@@ -101,7 +103,7 @@ def read_voc(
 
 def _read_set(path: Path) -> list[str]:
     """The image names of a set; lines of a class's set end in -1, 0 or 1, which tells whether it occurs."""
-    names = [line.split()[0] for line in read_text(path).splitlines() if line.strip()]
+    names = [re.sub(r"\s+(-1|0|1)$", "", line.strip()) for line in read_text(path).splitlines() if line.strip()]
     if not names:
         raise InputError(f"{path}: no image name in this file")
     return names

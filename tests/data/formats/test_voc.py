@@ -95,7 +95,12 @@ def test_difficult(folder: Path, how, kept: list[bool]) -> None:
 def test_image_sets(folder: Path) -> None:
     for name in "abc":
         write(folder, name, an_object(1, 1, 9, 9, name=name))
-    for name, members in {"train": "b\na\n", "val": "c 1\n", "trainval": "a\nb\nc\n", "cat_train": "a -1\n"}.items():
+    for name, members in {
+        "train": "b\n\na.jpg\n",
+        "val": "c  1\n",
+        "trainval": "a\nb\nc\n",
+        "cat_train": "a -1\n",
+    }.items():
         (folder / f"ImageSets/Main/{name}.txt").write_text(members)
     data = read_voc(folder)
     names = {split: [image.file_name for image in part.images] for split, part in data.splits.items()}
