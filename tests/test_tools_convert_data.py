@@ -145,6 +145,8 @@ def test_subset(run, shapes: Path) -> None:
     assert [c["name"] for c in found["categories"]] == ["round=ish", "square", "triangle"]
     assert {i["id"] for i in found["images"]} == {a["image_id"] for a in found["annotations"]}
     assert "left out: " in out
+    run("subset", whole, "--output", "folder/name")
+    assert read("folder/name") == read(whole)
     assert "did you mean 'circle'" in run("subset", whole, "--keep", "circles", "--output", "x.json", code=2)
     assert "expected OLD=NEW" in run("subset", whole, "--rename", "circle", "--output", "x.json", code=2)
 
@@ -204,6 +206,16 @@ def test_an_empty_result_is_refused(run) -> None:
 def test_what_is_not_there(run, arguments: tuple[str, ...], message: str) -> None:
     assert message in run(*arguments, code=2)
     assert not Path("o").exists()
+
+
+def test_what_cannot_be_written(run, shapes: Path) -> None:
+    Path("file").touch()
+    whole = shapes / "annotations/train.json"
+    fractions = ("--fractions", "train=0.5", "val=0.5")
+    assert "file: cannot be written" in run("split", whole, *fractions, "--output", "file", code=2)
+    assert "file: exists" in run("subset", whole, "--output", "file", code=2)
+    arguments = ("to-yolo", "--train", whole, shapes / "train", "--output", "file")
+    assert "file: exists and is not an empty folder" in run(*arguments, code=2)
 
 
 @pytest.mark.parametrize("fraction", ["train", "train=", "train=1", "train=nan", "../x=0.5", "=0.5"])

@@ -44,7 +44,7 @@ from fpn_det.data.formats.records import (
     split_records,
 )
 from fpn_det.data.formats.voc import Difficult, read_voc
-from fpn_det.data.formats.yolo import Place, read_yolo, unfit_images, write_yolo
+from fpn_det.data.formats.yolo import Place, check_unused, read_yolo, unfit_images, write_yolo
 from fpn_det.data.problems import Defect, Problem, format_problems, shown
 from fpn_det.files import write_errors
 from fpn_det.structures import InputError
@@ -115,7 +115,7 @@ def _write_labels(data: LabelledData, args: argparse.Namespace, name: str) -> No
         if not records.images or not records.categories:
             what = "image" if not records.images else "class"
             raise InputError(f"{source}: no {what} to write for {shown(split)}; nothing was written")
-    written = _write(splits, args.output, overwrite=args.overwrite)
+    written = _write_folder(splits, args)
     for split, path in written.items():
         read = load_coco(path, data.splits[split].folder, follow_links=args.follow_links)
         say(f"\nas training reads it, {read.summary()}")
@@ -134,6 +134,7 @@ def to_yolo(args: argparse.Namespace) -> None:
     given = {split: getattr(args, split) for split in SPLITS if getattr(args, split)}
     if not given:
         raise InputError("give at least one of --train, --val, --test: an annotation file and its image folder")
+    check_unused(args.output)
     splits = {
         split: load_coco(annotations, images, follow_links=args.follow_links)
         for split, (annotations, images) in given.items()
@@ -157,7 +158,7 @@ def split(args: argparse.Namespace) -> None:
     records = _read(args.source, args)
     parts = split_records(records, fractions, seed=args.seed, group_by=args.group_by)
     say(format_table(parts, with_shares=True))
-    written = _write(parts, args.output, overwrite=args.overwrite)
+    written = _write_folder(parts, args)
     _say_config({name: (args.images, path) for name, path in written.items()})
 
 
@@ -177,7 +178,7 @@ def merge(args: argparse.Namespace) -> None:
             f"{len(refused):,} images are in several of the files, as said above; nothing was written. Say which "
             "annotations to take: --duplicates unite or first"
         )
-    _write_one(merged, args)
+    _write({args.output: merged}, overwrite=args.overwrite)
     _say_config({args.output.stem: (folder, args.output)})
 
 
@@ -191,7 +192,7 @@ def subset(args: argparse.Namespace) -> None:
     say(format_table({args.output.stem: chosen}))
     left_out = len(records.images) - len(chosen.images), len(records.annotations) - len(chosen.annotations)
     say(f"left out: {left_out[0]:,} images, {left_out[1]:,} boxes")
-    _write_one(chosen, args)
+    _write({args.output: chosen}, overwrite=args.overwrite)
     _say_config({args.output.stem: (args.images, args.output)})
 
 
@@ -226,25 +227,22 @@ def _settle(problems: Sequence[Problem], args: argparse.Namespace) -> None:
         )
 
 
-def _write(parts: Mapping[str, CocoRecords], folder: Path, *, overwrite: bool) -> dict[str, Path]:
-    paths = {name: folder / f"{name}.json" for name in parts}
-    for path in paths.values():
-        _refuse_existing(path, overwrite)
-    with write_errors(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-    for name, path in paths.items():
-        parts[name].write(path)
-        say(f"written: {path}")
+def _write_folder(parts: Mapping[str, CocoRecords], args: argparse.Namespace) -> dict[str, Path]:
+    """Write a file per part to the folder --output, and return their paths."""
+    paths = {name: args.output / f"{name}.json" for name in parts}
+    _write({paths[name]: records for name, records in parts.items()}, overwrite=args.overwrite)
     return paths
 
 
-def _write_one(records: CocoRecords, args: argparse.Namespace) -> None:
-    _write({args.output.stem: records}, args.output.parent, overwrite=args.overwrite)
-
-
-def _refuse_existing(path: Path, overwrite: bool) -> None:
-    if path.exists() and not overwrite:
-        raise InputError(f"{path}: exists; choose another --output, or replace it with --overwrite")
+def _write(files: Mapping[Path, CocoRecords], *, overwrite: bool) -> None:
+    for path in files:
+        if path.exists() and not overwrite:
+            raise InputError(f"{path}: exists; choose another --output, or replace it with --overwrite")
+    for path, records in files.items():
+        with write_errors(path.parent):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        records.write(path)
+        say(f"written: {path}")
 
 
 def _say_config(splits: Mapping[str, tuple[Path | None, Path]], *, follow_links: bool = False) -> None:
@@ -283,7 +281,7 @@ def _parser() -> argparse.ArgumentParser:
             help="entries that cannot be used: write nothing (default), or leave them out",
         )
         added.add_argument(
-            *("--examples",), type=int, default=5, metavar="N", help="how many of each kind to list (default: 5)"
+            *("--examples",), type=_natural, default=5, metavar="N", help="how many of each kind to list (default: 5)"
         )
         return added
 
@@ -374,6 +372,12 @@ def _add_reading(parser: argparse.ArgumentParser, *, images_required: bool = Fal
 def _add_naming(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--images", type=Path, help="folder of the images, for the lines of the config")
     parser.add_argument("--overwrite", action="store_true", help="replace existing files")
+
+
+def _natural(text: str) -> int:
+    if not re.fullmatch(r"[0-9]{1,9}", text):
+        raise argparse.ArgumentTypeError(f"expected a number from 0 on, got {shown(text)}")
+    return int(text)
 
 
 def _fraction(text: str) -> tuple[str, float]:

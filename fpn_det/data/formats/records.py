@@ -105,14 +105,14 @@ def _usable_images(entries: list[Any], problems: list[Problem]) -> list[Entry]:
     of_id: dict[int | None, list[Any]] = defaultdict(list)
     for entry in entries:
         of_id[_integer(entry, "id")].append(entry)
+    ambiguous = {image_id for image_id, alike in of_id.items() if any(other != alike[0] for other in alike)}
     taken: set[int] = set()
     images: list[Entry] = []
     for position, entry in enumerate(entries):
         image_id = _integer(entry, "id")
-        alike = of_id[image_id]
         if image_id is None:
             problems.append(problem(Defect.IMAGE_MALFORMED, position, entry, entry))
-        elif any(other != alike[0] for other in alike):
+        elif image_id in ambiguous:
             problems.append(problem(Defect.IMAGE_AMBIGUOUS, position, entry, entry.get("file_name")))
         elif image_id in taken:
             problems.append(problem(Defect.IMAGE_REPEATED, position, entry, entry.get("file_name")))
@@ -218,9 +218,8 @@ def _pattern(group_by: str | None) -> re.Pattern[str] | None:
 
 def _group(name: str, pattern: re.Pattern[str] | None) -> str:
     found = pattern.search(name) if pattern else None
-    if found is None:
-        return f"image {name}"
-    return f"group {found.group(1 if found.re.groups else 0)}"
+    text = found and found.group(1 if found.re.groups else 0)
+    return f"image {name}" if text is None else f"group {text}"
 
 
 def _of_images(records: CocoRecords, ids: set[int]) -> CocoRecords:
@@ -332,10 +331,13 @@ def merge_records(
             if duplicates == "unite":
                 image_ids[image["id"]] = first["id"]
         annotations += (
-            {**annotation, "image_id": image_ids[annotation["image_id"]], "category_id": new_id}
+            {
+                **annotation,
+                "image_id": image_ids[annotation["image_id"]],
+                "category_id": category_ids[i][annotation["category_id"]],
+            }
             for annotation in part.annotations
             if annotation["image_id"] in image_ids
-            for new_id in [category_ids[i][annotation["category_id"]]]
         )
     rest = {key: value for part in reversed(parts) for key, value in part.rest.items()}
     if licenses:

@@ -298,11 +298,12 @@ def write_yolo(output: Path, splits: Mapping[str, CocoAnnotations], *, place: Pl
     Raises:
         InputError: the folder is not empty or cannot be written, or two images would share a file of labels.
     """
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise InputError(f"{output}: exists and is not an empty folder; choose another, or delete it")
+    check_unused(output)
     names = {split: data.names() for split, data in splits.items()}
-    for split in splits:
-        _check_stems(splits[split], names[split])
+    for split, data in splits.items():
+        if not names[split]:
+            raise InputError(f"{data.source}: no image of it can be used")
+        _check_stems(data, names[split])
     for split, data in splits.items():
         todo = tqdm(names[split], desc=f"writing {split}", unit="image", disable=None, file=sys.stderr)
         for index, name in enumerate(todo):
@@ -313,6 +314,16 @@ def write_yolo(output: Path, splits: Mapping[str, CocoAnnotations], *, place: Pl
     categories = next(iter(splits.values())).categories
     content = {split: f"images/{split}" for split in splits} | {"names": dict(enumerate(categories.names))}
     write_text(output / "data.yaml", yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
+
+
+def check_unused(output: Path) -> None:
+    """Refuse a path that exists, unless it is an empty folder.
+
+    Raises:
+        InputError: it does.
+    """
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise InputError(f"{output}: exists and is not an empty folder; choose another, or delete it")
 
 
 def _check_stems(data: CocoAnnotations, names: Sequence[str]) -> None:

@@ -156,6 +156,12 @@ def test_groups_stay_together(tmp_path: Path, expression: str) -> None:
         assert sorted(map(str, videos)) == ["{'v0'}", "{'v1'}"]
 
 
+def test_images_without_a_group_are_alone(tmp_path: Path) -> None:
+    for expression in ("nowhere", "v(x)?"):
+        parts = split_records(read(tmp_path), {"train": 0.5, "val": 0.5}, seed=0, group_by=expression)
+        assert [len(part.images) for part in parts.values()] == [3, 3]
+
+
 def test_entries_of_one_file_stay_together(tmp_path: Path) -> None:
     records = read(tmp_path, images=[{**image, "file_name": f"{image['id'] // 2}.jpg"} for image in CONTENT["images"]])
     for seed in range(4):
