@@ -194,7 +194,7 @@ def load_coco(annotations: Path, images: Path, *, follow_links: bool = False) ->
     if kept is not None:
         data = _unpack(kept, source=annotations, folder=images)
     else:
-        with _garbage_collection_paused():
+        with garbage_collection_paused():
             data = _parse(annotations, images)
         cache.write(_pack(data))
     names = data.names()
@@ -207,13 +207,17 @@ def load_coco(annotations: Path, images: Path, *, follow_links: bool = False) ->
     return replace(data, problems=(*data.problems, *_empty_categories(data)))
 
 
-def read_coco_json(path: Path) -> dict[str, Any]:
+def read_coco_json(path: Path, remedy: str = REMEDY) -> dict[str, Any]:
     """Read a COCO-format file and check its outline: three lists, `images` and `categories` not empty.
+
+    Args:
+        path: the file.
+        remedy: what to do about a file that is not there or not the right one, for the message.
 
     Raises:
         InputError: what `read_json` raises, or the file is not of that outline.
     """
-    data = read_json(path, REMEDY)
+    data = read_json(path, remedy)
     for key in ("images", "annotations", "categories"):
         if not isinstance(data, dict) or not isinstance(data.get(key), list):
             got = f"keys {shown(sorted(data))}" if isinstance(data, dict) else type(data).__name__
@@ -234,7 +238,16 @@ def read_categories(path: Path) -> Categories:
     Raises:
         InputError: what `read_coco_json` raises, or a category without id or name, or with the id of another.
     """
-    categories, problems = _read_categories(read_coco_json(path)["categories"])
+    return check_categories(path, read_coco_json(path)["categories"])
+
+
+def check_categories(path: Path, entries: list[Any]) -> Categories:
+    """The categories of the list `categories` of `path`.
+
+    Raises:
+        InputError: a category without id or name, or with the id of another.
+    """
+    categories, problems = _read_categories(entries)
     refused = [p for p in problems if p.defect.outcome == "refused"]
     if refused:
         raise InputError(f"{path}: category {refused[0].value}: {refused[0].defect.reason}")
@@ -242,7 +255,7 @@ def read_categories(path: Path) -> Categories:
 
 
 @contextmanager
-def _garbage_collection_paused() -> Iterator[None]:
+def garbage_collection_paused() -> Iterator[None]:
     """Without it, reading millions of objects takes three times as long: they are searched again and again."""
     was_enabled = gc.isenabled()
     gc.disable()

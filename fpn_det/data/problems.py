@@ -185,6 +185,82 @@ class Defect(Enum):
     BOX_LARGE = ("annotation", "clipped", "bbox larger than its image", _BOX)
     BOX_PARTLY_OUTSIDE = ("annotation", "clipped", "bbox partly outside its image", _BOX)
 
+    # Labels of other formats (fpn_det/data/formats), when they are converted
+    SOURCE_UNREADABLE = ("file", "left out", "labels that cannot be read", "Correct the file or delete it")
+    SOURCE_IMAGE_MISSING = (
+        "image",
+        "left out",
+        "labels of an image that is not in the image folder",
+        "Add the image or delete its labels; --images names the folder",
+    )
+    SOURCE_IMAGE_UNCLEAR = (
+        "image",
+        "left out",
+        "labels that could be those of several images",
+        "Let only one image have that name, whatever its suffix",
+    )
+    SOURCE_IMAGE_REPEATED = (
+        "image",
+        "left out",
+        "labels of an image that other labels are about, too",
+        "Delete all but one of them",
+    )
+    LABEL_MALFORMED = (
+        "annotation",
+        "left out",
+        "a label without a class or without finite coordinates",
+        "Complete it or delete it",
+    )
+    LABEL_CLASS = (
+        "annotation",
+        "left out",
+        "a class that is not among the classes",
+        "Add it to --classes (YOLO: to `names`), or delete the label",
+    )
+    LABEL_INVERTED = ("annotation", "left out", "a box whose corners are swapped", "Swap them back or delete the label")
+    LABEL_FRACTIONS = (
+        "annotation",
+        "left out",
+        "coordinates that are not fractions of the image, from 0 to 1",
+        "Divide x by the width of the image and y by its height, or delete the label",
+    )
+    LABEL_SHAPE = (
+        "annotation",
+        "left out",
+        "a shape that bounds no area",
+        "Draw a rectangle or a polygon, or delete the label",
+    )
+    LABEL_EMPTY = (
+        "annotation",
+        "kept",
+        "a box without area, a slip of the mouse: written as such, training leaves it out",
+        "Draw it anew or delete the label",
+    )
+    IMAGE_TURNED = (
+        "image",
+        "left out",
+        "boxes in the frame of the pixels as stored: readers of YOLO turn the image by its EXIF orientation",
+        "Remove the orientation from the file",
+    )
+    IMAGE_UNITED = (
+        "image",
+        "kept",
+        "an image of several of the merged files: it has the annotations of all of them",
+        "If they were made twice, take --duplicates first",
+    )
+    IMAGE_IN_EARLIER = (
+        "image",
+        "left out",
+        "an image that an earlier one of the merged files has, too",
+        "Take --duplicates unite for the annotations of both files, or first for those of the earlier one",
+    )
+    IMAGE_COPY = (
+        "image",
+        "kept",
+        "a copy, byte for byte, of another image: divided later, it may be in training and in validation",
+        "Delete the entry of one of them",
+    )
+
 
 @dataclass(frozen=True, slots=True)
 class Problem:
