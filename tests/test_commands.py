@@ -6,7 +6,9 @@ the command has it. `torchrun` starts two processes whatever the number shown. W
 
 from __future__ import annotations
 
+import json
 import os
+import pickle
 import re
 import shlex
 import shutil
@@ -14,14 +16,24 @@ import subprocess
 import sys
 import tomllib
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
+import torch
+import torchvision
+from torch import Tensor
 from torch.distributed.run import get_args_parser
+from torchvision.models.detection import FasterRCNN
+from torchvision.models.detection.backbone_utils import BackboneWithFPN
+from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
+from torchvision.ops import FrozenBatchNorm2d
 
 from fpn_det.config import load_config
+from fpn_det.data.formats.records import read_records, split_records
+from fpn_det.data.shapes import generate
 from fpn_det.structures import InputError
+from fpn_det.weights.coco_classes import COCO_CATEGORIES
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [
@@ -55,10 +67,6 @@ SMALL_MODEL = {
     "model.roi_head.box_head.fc_dim": 32,
 }
 SMALL_RUN = {
-    "data.train.images": "data/mine/train",
-    "data.train.annotations": "data/mine/train.json",
-    "data.val.images": "data/mine/val",
-    "data.val.annotations": "data/mine/val.json",
     "data.short_sides": "[64]",
     "data.test_short_side": 64,
     "data.long_side": 64,
@@ -77,7 +85,7 @@ def commands() -> Iterator[tuple[str, str]]:
         text = path.read_text(encoding="utf-8")
         fence = re.compile(r"^ *```(\w*)\n(.*?)^ *```", re.MULTILINE | re.DOTALL)
         for language, block in fence.findall(text):
-            if language in ("", "bash"):
+            if language in ("", "bash", "sh"):
                 yield from ((where, line) for line in lines_of(block))
         for span in re.findall(r"`([^`\n]+)`", fence.sub("", text)):
             if re.match(r"python tools/|make \w|tensorboard ", span):
@@ -101,25 +109,179 @@ def test_commands_are_found():
 
 
 @pytest.fixture(scope="module")
-def checkout(shapes: Path, tool, tmp_path_factory) -> Path:
+def checkout(tool, tmp_path_factory) -> Path:
     """A folder as that of a user who followed the documents so far."""
     folder = tmp_path_factory.mktemp("checkout")
     for name in ("tools", "fpn_det", "Makefile", "requirements.txt", "pyproject.toml", "benchmarks", "docs"):
         (folder / name).symlink_to(ROOT / name)
     shutil.copytree(ROOT / "configs", folder / "configs")
-    mine = folder / "data/mine"
-    mine.mkdir(parents=True)
-    for split in ("train", "val"):
-        shutil.copytree(shapes / split, mine / split)
-        shutil.copy(shapes / f"annotations/{split}.json", mine / f"{split}.json")
-    (folder / "configs/mine.yaml").write_text("data: {keep_empty: true}\n")
-    shutil.copytree(shapes / "val", folder / "photos")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
+        make_data()
+        make_weights(tool)
+        config = re.search(
+            r"```yaml\n(data:.*?)```", (ROOT / "docs/own_data.md").read_text(encoding="utf-8"), re.DOTALL
+        )
+        assert config
+        Path("configs/mine.yaml").write_text(config[1])
         small = [f"{key}={value}" for key, value in (SMALL_MODEL | SMALL_RUN).items()]
-        assert tool("train", "--config", "configs/mine.yaml", *small, "eval.every=1").code == 0
-        shutil.copytree("runs/mine", "runs/other")
+        assert tool("train", "--config", "configs/mine.yaml", *small, "eval.every=1", "train.steps=4").code == 0
+        for name in ("other", "quickstart", "half", "a", "b"):
+            shutil.copytree("runs/mine", f"runs/{name}")
     return folder
+
+
+def make_data() -> None:
+    """Shapes as data sets of several layouts: the user's own, in five formats; COCO, with its classes."""
+    generate(Path("generated"), num_train=60, num_val=12, size=64)
+    content = json.loads(Path("generated/annotations/train.json").read_text())
+    mine, coco = Path("data/mine"), Path("data/coco")
+    shutil.move("generated/train", "photos")
+    (mine / "annotations").mkdir(parents=True)
+    (mine / "all.json").write_text(json.dumps(content))
+    parts = split_records(read_records(mine / "all.json")[0], {"train": 0.8, "val": 0.2}, seed=0)
+    for name, part in parts.items():
+        part.write(mine / f"annotations/{name}.json")
+
+    (coco / "annotations").mkdir(parents=True)
+    index = {c["id"]: i for i, c in enumerate(content["categories"])}
+    as_coco = content | {
+        "categories": [{"id": i, "name": n} for i, n in zip(COCO_CATEGORIES.ids, COCO_CATEGORIES.names, strict=True)],
+        "annotations": [
+            a | {"category_id": COCO_CATEGORIES.ids[index[a["category_id"]]]} for a in content["annotations"]
+        ],
+    }
+    for split in ("train2017", "val2017"):
+        shutil.copytree("photos", coco / split)
+        (coco / f"annotations/instances_{split}.json").write_text(json.dumps(as_coco))
+
+    write_other_formats(content, mine)
+
+
+def write_other_formats(content: dict, mine: Path) -> None:
+    """The same labels as Pascal VOC, YOLO, a table and LabelMe."""
+    names = {c["id"]: c["name"] for c in content["categories"]}
+    boxes: dict[int, list[tuple[str, float, float, float, float]]] = {image["id"]: [] for image in content["images"]}
+    for a in content["annotations"]:
+        x, y, w, h = a["bbox"]
+        boxes[a["image_id"]].append((names[a["category_id"]], x, y, x + w, y + h))
+    voc, yolo, labelme = mine / "voc", mine / "yolo", mine / "all"
+    for folder in (voc / "Annotations", voc / "ImageSets/Main", yolo / "labels/train", labelme):
+        folder.mkdir(parents=True)
+    shutil.copytree("photos", voc / "JPEGImages")
+    shutil.copytree("photos", yolo / "images/train")
+    classes = list(names.values())
+    (yolo / "data.yaml").write_text(f"path: .\ntrain: images/train\nnames: {classes}\n")
+    rows = ["filename,xmin,ymin,xmax,ymax,class"]
+    for image in content["images"]:
+        name, w, h = image["file_name"], image["width"], image["height"]
+        stem = Path(name).stem
+        objects = "".join(
+            f"<object><name>{c}</name><bndbox><xmin>{x1 + 1}</xmin><ymin>{y1 + 1}</ymin><xmax>{x2}</xmax>"
+            f"<ymax>{y2}</ymax></bndbox></object>"
+            for c, x1, y1, x2, y2 in boxes[image["id"]]
+        )
+        size = f"<size><width>{w}</width><height>{h}</height><depth>3</depth></size>"
+        (voc / f"Annotations/{stem}.xml").write_text(
+            f"<annotation><filename>{name}</filename>{size}{objects}</annotation>"
+        )
+        (yolo / f"labels/train/{stem}.txt").write_text(
+            "".join(
+                f"{classes.index(c)} {(x1 + x2) / 2 / w} {(y1 + y2) / 2 / h} {(x2 - x1) / w} {(y2 - y1) / h}\n"
+                for c, x1, y1, x2, y2 in boxes[image["id"]]
+            )
+        )
+        rows += [f"{name},{x1},{y1},{x2},{y2},{c}" for c, x1, y1, x2, y2 in boxes[image["id"]]]
+        rows += [] if boxes[image["id"]] else [f"{name},,,,,"]
+        shapes = [
+            {"label": c, "shape_type": "rectangle", "points": [[x1, y1], [x2, y2]]}
+            for c, x1, y1, x2, y2 in boxes[image["id"]]
+        ]
+        (labelme / f"{stem}.json").write_text(
+            json.dumps({"imagePath": f"../../../photos/{name}", "imageWidth": w, "imageHeight": h, "shapes": shapes})
+        )
+    stems = "\n".join(Path(image["file_name"]).stem for image in content["images"])
+    (voc / "ImageSets/Main/train.txt").write_text(stems)
+    (mine / "all.csv").write_text("\n".join(rows))
+
+
+def make_weights(tool: Callable) -> None:
+    """A small detector under the names of three frameworks' files, and what import makes of each."""
+    torch.manual_seed(0)
+    body = torchvision.models.resnet18(weights=None, norm_layer=FrozenBatchNorm2d)
+    layers = {f"layer{i + 1}": str(i) for i in range(4)}
+    backbone = BackboneWithFPN(body, layers, in_channels_list=[64, 128, 256, 512], out_channels=16)
+    model = FasterRCNN(backbone, box_head=TwoMLPHead(16 * 49, 32), box_predictor=FastRCNNPredictor(32, 91))
+    files = {
+        "fasterrcnn_resnet50_fpn_coco-258fb6c6.pth": ("tv", "coco"),
+        "model_final_280758.pkl": ("d2",),
+        "faster_rcnn_r50_fpn_1x_coco_20200130-047c8118.pth": ("mm",),
+    }
+    theirs = model.state_dict()
+    torchvision_file, detectron2_file, mmdetection_file = files
+    torch.save(theirs, torchvision_file)
+    with Path(detectron2_file).open("wb") as file:
+        content = {name: value.numpy() for name, value in in_detectron2(theirs).items()}
+        pickle.dump({"model": content, "__author__": "Detectron2"}, file, protocol=2)
+    torch.save({"state_dict": in_mmdetection(theirs), "meta": {}}, mmdetection_file)
+    for source, names in files.items():
+        for name in names:
+            outcome = tool("import_weights", source, f"weights/{name}.pth")
+            assert outcome.code == 0, outcome.err
+
+
+def coco_heads(theirs: dict[str, Tensor], cls: str, box: str) -> dict[str, Tensor]:
+    """Predictors of torchvision's 91 labels cut to COCO's 80 classes and a background."""
+    predictor = "roi_heads.box_predictor"
+    return {f"{cls}.{kind}": theirs[f"{predictor}.cls_score.{kind}"][:81] for kind in ("weight", "bias")} | {
+        f"{box}.{kind}": theirs[f"{predictor}.bbox_pred.{kind}"][: 80 * 4] for kind in ("weight", "bias")
+    }
+
+
+def renamed(theirs: dict[str, Tensor], rules: Sequence[tuple[str, str | Callable[[re.Match[str]], str]]]) -> dict:
+    names = {}
+    for name in theirs:
+        if "box_predictor" not in name:
+            new = name
+            for pattern, replacement in rules:
+                new = re.sub(pattern, replacement, new)
+            names[new] = theirs[name]
+    return names
+
+
+def in_detectron2(theirs: dict[str, Tensor]) -> dict[str, Tensor]:
+    rules: list[tuple[str, str | Callable[[re.Match[str]], str]]] = [
+        (r"backbone\.body\.(conv1|bn1)\.", r"backbone.body.stem.\1."),
+        (r"\.layer(\d)\.", lambda m: f".res{int(m[1]) + 1}."),
+        (r"\.bn(\d)\.", r".conv\1.norm."),
+        (r"downsample\.0", "shortcut"),
+        (r"downsample\.1", "shortcut.norm"),
+        (r"fpn\.inner_blocks\.(\d)\.0", lambda m: f"fpn_lateral{int(m[1]) + 2}"),
+        (r"fpn\.layer_blocks\.(\d)\.0", lambda m: f"fpn_output{int(m[1]) + 2}"),
+        (r"rpn\.head\.conv\.0\.0", "proposal_generator.rpn_head.conv"),
+        (r"rpn\.head\.cls_logits", "proposal_generator.rpn_head.objectness_logits"),
+        (r"rpn\.head\.bbox_pred", "proposal_generator.rpn_head.anchor_deltas"),
+        (r"roi_heads\.box_head\.fc6", "roi_heads.box_head.fc1"),
+        (r"roi_heads\.box_head\.fc7", "roi_heads.box_head.fc2"),
+        (r"backbone\.body\.", "backbone.bottom_up."),
+    ]
+    predictor = "roi_heads.box_predictor"
+    return renamed(theirs, rules) | coco_heads(theirs, f"{predictor}.cls_score", f"{predictor}.bbox_pred")
+
+
+def in_mmdetection(theirs: dict[str, Tensor]) -> dict[str, Tensor]:
+    rules: list[tuple[str, str | Callable[[re.Match[str]], str]]] = [
+        (r"backbone\.body\.", "backbone."),
+        (r"backbone\.fpn\.inner_blocks\.(\d)\.0", r"neck.lateral_convs.\1.conv"),
+        (r"backbone\.fpn\.layer_blocks\.(\d)\.0", r"neck.fpn_convs.\1.conv"),
+        (r"rpn\.head\.conv\.0\.0", "rpn_head.rpn_conv"),
+        (r"rpn\.head\.cls_logits", "rpn_head.rpn_cls"),
+        (r"rpn\.head\.bbox_pred", "rpn_head.rpn_reg"),
+        (r"roi_heads\.box_head\.fc6", "roi_head.bbox_head.shared_fcs.0"),
+        (r"roi_heads\.box_head\.fc7", "roi_head.bbox_head.shared_fcs.1"),
+    ]
+    head = "roi_head.bbox_head"
+    return renamed(theirs, rules) | coco_heads(theirs, f"{head}.fc_cls", f"{head}.fc_reg")
 
 
 @pytest.fixture
@@ -140,7 +302,9 @@ def test_command(where: str, command: str, copy: Path, tool: Callable) -> None:
         return
     program, *words = shlex.split(command)
     match program:
-        case "python" | ".venv/bin/python":
+        case "python" if words[0] == "-c":
+            subprocess.run([sys.executable, *words], check=True)
+        case "python":
             run_tool(words, copy, tool)
         case "torchrun":
             run_torchrun(words)
