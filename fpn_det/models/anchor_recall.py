@@ -8,13 +8,15 @@ Of the anchors of one shape, the one at the grid point nearest to a box' centre 
 with the distance of the centres along each axis. So a box is compared with one anchor per shape and level, 15 instead
 of 260,000, and the result is exact.
 
-Dimensions: B boxes, A anchors per location, M candidates for the size of a level.
+Dimensions: B boxes, A anchors per location, M candidates for the size of a level, L levels.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -25,9 +27,6 @@ from fpn_det.models.matching import pairwise_iou
 STRIDE_MULTIPLES = (2, 2.5, 3, 3.5, 4, 5, 6, 7, 8, 10, 12, 14, 16)
 """What a suggested size may be of its level's stride. 8 is FPN's (32 pixels on stride 4): smaller anchors leave gaps
 between them, larger ones see no more than a part of their box in the cells around them."""
-
-DESIGN_MULTIPLE = 8
-"""Of sizes that serve equally well, the one nearest to this many strides is taken."""
 
 CHUNK = 1 << 18
 """Boxes that are compared at a time: what is in between stays in the cache."""
@@ -59,7 +58,7 @@ def best_anchors(anchors: Anchors, boxes: Tensor, sizes: Tensor) -> BestAnchors:
     levels = torch.zeros(len(boxes), dtype=torch.int64)
     for start in range(0, len(boxes), CHUNK):
         part = slice(start, start + CHUNK)
-        iou = _iou_by_shape(anchors, boxes[part], sizes[part]).amax(1)  # (levels, chunk)
+        iou = _iou_by_shape(anchors, boxes[part], sizes[part]).amax(1)  # (L, chunk)
         ious[part], levels[part] = iou.max(0)
     return BestAnchors(iou=ious, level=levels)
 
@@ -70,23 +69,23 @@ def suggest_sizes(
     boxes: Tensor,
     sizes: Tensor,
     *,
+    present: Sequence[Sequence[float]],
     ratios: Sequence[float],
-    sizes_per_level: int,
     enough_iou: float,
 ) -> list[tuple[float, ...]]:
     """Find anchor sizes that cover the boxes better, whole or half multiples of the strides (`STRIDE_MULTIPLES`).
 
     What is maximised is the mean of the best IoU, of which no more than `enough_iou` counts: a box that is positive
     gains nothing from an anchor that fits still better. Each size in turn is set to the best candidate while the others
-    stay, until none moves; sizes ascend from level to level throughout. This starts from all sizes at 4, 6 and 8
-    strides, and the best outcome counts.
+    stay, until none moves; sizes ascend from level to level throughout. This starts from the present sizes and from 4,
+    6 and 8 strides on every level, and the best outcome counts. Sizes that make no difference stay near the present.
 
     Args:
-        anchors: the present ones, whose strides and rounding stay.
+        anchors: whose strides and rounding to keep.
         boxes: (B, 4) float32 XYXY, in pixels of the resized image; some 10,000 are enough.
         sizes: (B, 2) int64, (h, w) of the padded image that each box lies in.
+        present: the present sizes of each level; as many are suggested.
         ratios: height / width of the anchors.
-        sizes_per_level: how many each level has.
         enough_iou: `positive_iou` of the RPN.
 
     Returns:
@@ -94,7 +93,10 @@ def suggest_sizes(
     """
     # One level alone takes the sizes of all scales, as Faster R-CNN before FPN did: 128 to 512 pixels on stride 16.
     multiples = [*STRIDE_MULTIPLES, *((20, 24, 32, 48, 64, 96, 128) if len(anchors.strides) == 1 else ())]
-    candidates = [[stride * multiple for multiple in multiples] for stride in anchors.strides]
+    candidates = [
+        [*(stride * multiple for multiple in multiples), *level]
+        for stride, level in zip(anchors.strides, present, strict=True)
+    ]
     every = Anchors(
         sizes=candidates,
         ratios=ratios,
@@ -102,57 +104,60 @@ def suggest_sizes(
         rounded=anchors.rounded,
         inferred_strides=anchors.inferred_strides,
     )
-    iou = _iou_by_shape(every, boxes, sizes).unflatten(1, (len(multiples), len(ratios))).amax(2)  # (levels, M, B)
+    iou = _iou_by_shape(every, boxes, sizes).unflatten(1, (-1, len(ratios))).amax(2)  # (L, M, B)
     iou = iou.clamp_(max=enough_iou)
-    slots = [level for level in range(len(anchors.strides)) for _ in range(sizes_per_level)]
-    outcomes = [_ascend(iou, slots, candidates, multiples, start) for start in (4, 6, 8)]
+    num = len(present[0])
+    slots = [(level, i) for level in range(len(present)) for i in range(num)]
+    starts = [[len(multiples) + i for _, i in slots]]  # the present sizes
+    starts += [[min(multiples.index(start), len(multiples) - num) + i for _, i in slots] for start in (4, 6, 8)]
+    outcomes = [
+        _ascend(iou, [level for level, _ in slots], candidates, start, [size for level in present for size in level])
+        for start in starts
+        if all(low < high for low, high in pairwise(candidates[slots[j][0]][m] for j, m in enumerate(start)))
+    ]
     _, best = max(outcomes, key=lambda outcome: outcome[0])
-    chosen = [candidates[level][choice] for level, choice in zip(slots, best, strict=True)]
-    return [tuple(chosen[i : i + sizes_per_level]) for i in range(0, len(chosen), sizes_per_level)]
+    chosen = [candidates[level][choice] for (level, _), choice in zip(slots, best, strict=True)]
+    return [tuple(chosen[i : i + num]) for i in range(0, len(chosen), num)]
 
 
 def _ascend(
     iou: Tensor,
-    slots: Sequence[int],
+    levels: Sequence[int],
     candidates: Sequence[Sequence[float]],
-    multiples: Sequence[float],
-    start: float,
+    start: Sequence[int],
+    present: Sequence[float],
 ) -> tuple[float, list[int]]:
     """Move one choice after the other to the best candidate, until none moves.
 
     Args:
-        iou: (levels, M, B) of each candidate.
-        slots: the level of each choice, ascending.
-        candidates: (levels, M) sizes in pixels.
-        multiples: (M,) the same in strides.
-        start: where the first size of each level starts, in strides; the following ones are the next candidates.
+        iou: (L, M, B) of each candidate.
+        levels: of each choice, ascending.
+        candidates: (L, M) sizes in pixels.
+        start: the candidate that each choice starts from; their sizes ascend.
+        present: the size of each choice to stay near to.
 
     Returns:
-        The mean over the boxes, and the index of the candidate for each slot.
+        The mean over the boxes, and the candidate of each choice.
     """
-    first = min(multiples.index(start), len(multiples) - slots.count(slots[0]))
-    choice = [first + sum(slots[j] == slots[i] for j in range(i)) for i in range(len(slots))]
-    # The nearest to the design first, as of equals the first is taken.
-    order = sorted(range(len(multiples)), key=lambda m: abs(multiples[m] / DESIGN_MULTIPLE - 1))
-    score = -1.0
-    moved = True
+    choice, score, moved = list(start), -1.0, True
     while moved:
         moved = False
-        for i, level in enumerate(slots):
-            others = [iou[slots[j], choice[j]] for j in range(len(slots)) if j != i]
+        for i, level in enumerate(levels):
+            others = [iou[levels[j], choice[j]] for j in range(len(levels)) if j != i]
             rest = torch.stack(others).amax(0) if others else torch.zeros(iou.shape[2])
-            low = candidates[slots[i - 1]][choice[i - 1]] if i > 0 else 0
-            high = candidates[slots[i + 1]][choice[i + 1]] if i + 1 < len(slots) else float("inf")
-            allowed = [m for m in order if low < candidates[level][m] < high]
+            low = candidates[levels[i - 1]][choice[i - 1]] if i > 0 else 0
+            high = candidates[levels[i + 1]][choice[i + 1]] if i + 1 < len(levels) else math.inf
+            allowed = [m for m, size in enumerate(candidates[level]) if low < size < high]
             means = {m: torch.maximum(iou[level, m], rest).double().mean().item() for m in allowed}
-            best = max(allowed, key=means.__getitem__)
+            near = {m: -abs(math.log(candidates[level][m] / present[i])) for m in allowed}
+            best = max(allowed, key=lambda m: (means[m], near[m]))
             moved |= means[best] > score + 1e-9
             choice[i], score = best, means[best]
     return score, choice
 
 
 def _iou_by_shape(anchors: Anchors, boxes: Tensor, sizes: Tensor) -> Tensor:
-    """(levels, A, B) float32: IoU of each box with the nearest anchor of each shape."""
+    """(L, A, B) float32: IoU of each box with the nearest anchor of each shape."""
     corners = boxes.T.contiguous()
     center = (corners[:2] + corners[2:]) / 2  # (2, B): (x, y)
     shapes = [-(-sizes.T.flip(0) // stride) for stride in anchors.strides]  # (2, B) in cells: (w, h)
