@@ -107,7 +107,9 @@ def browse(
         detections_per_image=None if is_rpn else config.model.roi_head.detections_per_image,
     )
     say(format_overview(survey))
-    say("".join(f"\n- {hint}" for hint in hints))
+    if hints:
+        say("\nworth a look:")
+        say("\n".join(f"- {hint}" for hint in hints))
 
     with write_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)

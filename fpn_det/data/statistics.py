@@ -67,13 +67,12 @@ def training_boxes(
         resize: how sizes are rounded.
     """
     kinds, kind = data.sizes.unique(dim=0, return_inverse=True)
+    every = kinds.tolist()
     owner = torch.arange(len(data)).repeat_interleave(data.box_offsets.diff())
     old = data.sizes[owner].flip(1).repeat(1, 2)  # (w, h, w, h)
     boxes, sizes = [], []
     for short_side in short_sides:
-        resized = [
-            resized_size((h, w), short_side=short_side, long_side=long_side, resize=resize) for h, w in kinds.tolist()
-        ]
+        resized = [resized_size((h, w), short_side=short_side, long_side=long_side, resize=resize) for h, w in every]
         new = torch.tensor(resized, dtype=torch.int64).reshape(-1, 2)[kind][owner]
         boxes.append(data.boxes * new.flip(1).repeat(1, 2) / old)
         sizes.append(new)

@@ -71,14 +71,15 @@ def suggest_sizes(
     *,
     present: Sequence[Sequence[float]],
     ratios: Sequence[float],
-    enough_iou: float,
+    positive_iou: float,
 ) -> list[tuple[float, ...]]:
     """Find anchor sizes that cover the boxes better, whole or half multiples of the strides (`STRIDE_MULTIPLES`).
 
-    What is maximised is the mean of the best IoU, of which no more than `enough_iou` counts: a box that is positive
-    gains nothing from an anchor that fits still better. Each size in turn is set to the best candidate while the others
-    stay, until none moves; sizes ascend from level to level throughout. This starts from the present sizes and from 4,
-    6 and 8 strides on every level, and the best outcome counts. Sizes that make no difference stay near the present.
+    What is maximised is the mean over the boxes of what their best anchor is worth: its IoU up to `positive_iou`, as a
+    fraction of that, and as much again from there on. The first keeps small boxes covered, the second alone would give
+    them up for others. Each size in turn is set to the best candidate while the others stay, until none moves; sizes
+    ascend from level to level throughout. This starts from the present sizes and from 2, 3, 4, 6 and 8 strides on every
+    level, and the best outcome counts. Sizes that make no difference stay near the present.
 
     Args:
         anchors: whose strides and rounding to keep.
@@ -86,7 +87,7 @@ def suggest_sizes(
         sizes: (B, 2) int64, (h, w) of the padded image that each box lies in.
         present: the present sizes of each level; as many are suggested.
         ratios: height / width of the anchors.
-        enough_iou: `positive_iou` of the RPN.
+        positive_iou: of the RPN.
 
     Returns:
         The sizes of each level.
@@ -105,23 +106,23 @@ def suggest_sizes(
         inferred_strides=anchors.inferred_strides,
     )
     iou = _iou_by_shape(every, boxes, sizes).unflatten(1, (-1, len(ratios))).amax(2)  # (L, M, B)
-    iou = iou.clamp_(max=enough_iou)
+    worth = ((iou / positive_iou).clamp_(max=1) + (iou >= positive_iou)) / 2
     num = len(present[0])
-    slots = [(level, i) for level in range(len(present)) for i in range(num)]
-    starts = [[len(multiples) + i for _, i in slots]]  # the present sizes
-    starts += [[min(multiples.index(start), len(multiples) - num) + i for _, i in slots] for start in (4, 6, 8)]
-    outcomes = [
-        _ascend(iou, [level for level, _ in slots], candidates, start, [size for level in present for size in level])
-        for start in starts
-        if all(low < high for low, high in pairwise(candidates[slots[j][0]][m] for j, m in enumerate(start)))
-    ]
+    levels = [level for level in range(len(present)) for _ in range(num)]
+    firsts = [multiples.index(start) for start in (2, 3, 4, 6, 8)]
+    outcomes = [(0.0, [len(multiples) + i for _ in present for i in range(num)])]
+    for first in (len(multiples), *firsts):  # the present sizes come after the multiples
+        start = [first + i for _ in present for i in range(num)]
+        sizes_of_start = [candidates[level][m] for level, m in zip(levels, start, strict=True)]
+        if all(low < high for low, high in pairwise(sizes_of_start)):
+            outcomes.append(_ascend(worth, levels, candidates, start, [size for level in present for size in level]))
     _, best = max(outcomes, key=lambda outcome: outcome[0])
-    chosen = [candidates[level][choice] for (level, _), choice in zip(slots, best, strict=True)]
+    chosen = [candidates[level][m] for level, m in zip(levels, best, strict=True)]
     return [tuple(chosen[i : i + num]) for i in range(0, len(chosen), num)]
 
 
 def _ascend(
-    iou: Tensor,
+    worth: Tensor,
     levels: Sequence[int],
     candidates: Sequence[Sequence[float]],
     start: Sequence[int],
@@ -130,7 +131,7 @@ def _ascend(
     """Move one choice after the other to the best candidate, until none moves.
 
     Args:
-        iou: (L, M, B) of each candidate.
+        worth: (L, M, B) of the nearest anchor of each candidate.
         levels: of each choice, ascending.
         candidates: (L, M) sizes in pixels.
         start: the candidate that each choice starts from; their sizes ascend.
@@ -143,12 +144,12 @@ def _ascend(
     while moved:
         moved = False
         for i, level in enumerate(levels):
-            others = [iou[levels[j], choice[j]] for j in range(len(levels)) if j != i]
-            rest = torch.stack(others).amax(0) if others else torch.zeros(iou.shape[2])
+            others = [worth[levels[j], choice[j]] for j in range(len(levels)) if j != i]
+            rest = torch.stack(others).amax(0) if others else torch.zeros(worth.shape[2])
             low = candidates[levels[i - 1]][choice[i - 1]] if i > 0 else 0
             high = candidates[levels[i + 1]][choice[i + 1]] if i + 1 < len(levels) else math.inf
             allowed = [m for m, size in enumerate(candidates[level]) if low < size < high]
-            means = {m: torch.maximum(iou[level, m], rest).double().mean().item() for m in allowed}
+            means = {m: torch.maximum(worth[level, m], rest).double().mean().item() for m in allowed}
             near = {m: -abs(math.log(candidates[level][m] / present[i])) for m in allowed}
             best = max(allowed, key=lambda m: (means[m], near[m]))
             moved |= means[best] > score + 1e-9

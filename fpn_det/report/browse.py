@@ -75,7 +75,7 @@ def browse_page(
 
 def format_overview(survey: Survey) -> str:
     """The essentials for a console: boxes by size, and anchors where there are some."""
-    low, middle, high = quantiles(survey.boxes.side, (0.05, 0.5, 0.95))
+    low, middle, high = quantiles(survey.side, (0.05, 0.5, 0.95))
     per_image = survey.boxes_per_image
     lines = [
         f"boxes at training scale: side {middle:.0f} px (5% below {low:.0f}, 5% above {high:.0f}); "
@@ -98,13 +98,15 @@ def format_overview(survey: Survey) -> str:
         ]
         lines += _columns(rows)
         lines.append(_verdict(survey))
+        if survey.suggested:
+            lines += [f"  {override}" for override in changed_overrides(present, survey.suggested)]
     return "\n".join(lines)
 
 
 def _overview(survey: Survey) -> Html:
-    boxes, per_image = survey.boxes, survey.boxes_per_image
-    low, middle, high = quantiles(boxes.side, (0.05, 0.5, 0.95))
-    tiny = (boxes.side < TINY_PX).double().mean().item()
+    per_image = survey.boxes_per_image
+    low, middle, high = quantiles(survey.side, (0.05, 0.5, 0.95))
+    tiny = (survey.side < TINY_PX).double().mean().item()
     numbers = {
         "images": f"{len(per_image):,}",
         "boxes": f"{int(per_image.sum()):,}",
@@ -173,12 +175,11 @@ def _anchor_section(survey: Survey) -> Section:
 
 
 def _box_section(survey: Survey) -> Section:
-    boxes = survey.boxes
-    low = math.floor(math.log2(max(1.0, boxes.side.min().item())))
-    high = math.ceil(math.log2(boxes.side.max().item() + 1))
+    low = math.floor(math.log2(max(1.0, survey.side.min().item())))
+    high = math.ceil(math.log2(survey.side.max().item() + 1))
     high = max(high, low + 1)
-    sides = _log_histogram(boxes.side, low, high)
-    ratios = _log_histogram(boxes.ratio, -3, 3)
+    sides = _log_histogram(survey.side, low, high)
+    ratios = _log_histogram(survey.ratio, -3, 3)
     charts = row(
         Html(
             heading("Side at training scale, px")
@@ -213,13 +214,13 @@ def _class_section(survey: Survey) -> Section:
     header += [f"IoU ≥ {present.positive_iou:g}, %", "mean IoU"] if present else []
     rows: list[list[str | Html | Cell]] = []
     for group, images in zip(by_class(survey), survey.images_per_class.tolist(), strict=True):
-        side = survey.boxes.side[group.of]
+        side = survey.side[group.of]
         fifth, middle, last = quantiles(side, (0.05, 0.5, 0.95))
         tiny = (side < TINY_PX).double().mean().item()
         cells: list[str | Html | Cell] = [group.name, number(group.num_boxes, 0), number(images, 0)]
         cells += [number(middle, 0), number(fifth, 0), number(last, 0), percent(tiny)]
         cells.append(_spark(_log_histogram(side, low, high)))
-        cells.append(number(quantiles(survey.boxes.ratio[group.of], (0.5,))[0], 2))
+        cells.append(number(quantiles(survey.ratio[group.of], (0.5,))[0], 2))
         if survey.roi_level is not None:
             shares = level_shares(survey, survey.roi_level, group.of)
             cells += [percent(share) for share, name in zip(shares, survey.level_names, strict=True) if name in used]
@@ -235,14 +236,13 @@ def _class_section(survey: Survey) -> Section:
 
 
 def _verdict(survey: Survey) -> str:
-    present, suggestion = survey.anchor_sets[0], survey.suggested
     if len(survey.anchor_sets) == 1:
         return "Too few boxes to suggest anchors."
-    if suggestion is None:
+    if survey.suggested is None:
         return "The anchors as configured are fine: no other sizes or ratios that were tried are much better."
     return (
-        f"Suggested: {suggestion.name}. They change what the first stage learns, so weights of an RPN that was trained "
-        f"with others do not fit them. {' '.join(changed_overrides(present, suggestion))}"
+        f"Suggested: {survey.suggested.name}. They change what the first stage learns: weights of an RPN that was "
+        "trained with others do not fit them."
     )
 
 

@@ -65,11 +65,11 @@ class AnchorSet:
 
     def recall(self, iou: float, of: Tensor | None = None) -> float:
         """Share of the boxes (of those at the indices `of`) that some anchor overlaps by `iou` or more; NaN of none."""
-        return _mean((self.best.iou >= iou).double(), of)
+        return _mean(_picked(self.best.iou, of) >= iou)
 
     def mean_iou(self, of: Tensor | None = None) -> float:
         """Mean IoU of the best anchors."""
-        return _mean(self.best.iou.double(), of)
+        return _mean(_picked(self.best.iou, of))
 
     def overrides(self) -> list[str]:
         """What sets them on the command line."""
@@ -84,6 +84,7 @@ class Survey:
 
     Attributes:
         boxes: at all training scales.
+        side, ratio: (B,) float32, square root of the area in pixels, height / width.
         categories: the classes.
         boxes_per_image: (I,) int64.
         images_per_class: (K,) int64.
@@ -95,6 +96,8 @@ class Survey:
     """
 
     boxes: ScaledBoxes
+    side: Tensor
+    ratio: Tensor
     categories: Categories
     boxes_per_image: Tensor
     images_per_class: Tensor
@@ -160,6 +163,8 @@ def make_survey(
         )
     return Survey(
         boxes=boxes,
+        side=boxes.side,
+        ratio=boxes.ratio,
         categories=data.categories,
         boxes_per_image=data.box_offsets.diff(),
         images_per_class=torch.bincount(of_class, minlength=len(data.categories)),
@@ -173,7 +178,7 @@ def make_survey(
 
 def by_size(survey: Survey) -> Iterator[Group]:
     """The boxes by side at training scale, in octaves; those that are empty at either end are left out."""
-    side = survey.boxes.side
+    side = survey.side
     edges = [0.0, *(2.0**k for k in range(3, 10)), math.inf]
     groups = []
     for low, high in pairwise(edges):
@@ -201,10 +206,10 @@ def advice(survey: Survey, *, short_sides: Sequence[int], detections_per_image: 
         detections_per_image: how many detections of an image are kept; None without a second stage.
     """
     said = []
-    is_tiny = survey.boxes.side < TINY_PX
-    share = _mean(is_tiny.double())
+    is_tiny = survey.side < TINY_PX
+    share = _mean(is_tiny)
     if share >= MANY_TINY:
-        of_class = [(_mean(is_tiny.double(), group.of), group) for group in by_class(survey) if group.num_boxes]
+        of_class = [(_mean(is_tiny[group.of]), group) for group in by_class(survey) if group.num_boxes]
         worst = [g for s, g in sorted(of_class, key=lambda pair: -pair[0]) if s >= MANY_TINY][:5]
         said.append(
             f"{share:.1%} of the boxes are smaller than {TINY_PX} px at training scale (most of them relative to their "
@@ -229,7 +234,7 @@ def advice(survey: Survey, *, short_sides: Sequence[int], detections_per_image: 
     if survey.suggested is not None and survey.present is not None:
         old, new = survey.present, survey.suggested
         said.append(
-            f"Other anchors cover the boxes better: recall at IoU {old.positive_iou:g} "
+            f"Other anchors would cover the boxes better: recall at IoU {old.positive_iou:g} "
             f"{old.recall(old.positive_iou):.1%} -> {new.recall(new.positive_iou):.1%}, mean best IoU "
             f"{old.mean_iou():.3f} -> {new.mean_iou():.3f}: "
             f"{' '.join(changed_overrides(old, new))}"
@@ -244,8 +249,7 @@ def changed_overrides(old: AnchorSet, new: AnchorSet) -> list[str]:
 
 def level_shares(survey: Survey, level: Tensor, of: Tensor | None = None) -> list[float]:
     """The share of the boxes (of those at the indices `of`) on each level, where `level` (B,) places them."""
-    level = level if of is None else level[of]
-    counts = torch.bincount(level, minlength=len(survey.level_names)).double()
+    counts = torch.bincount(_picked(level, of), minlength=len(survey.level_names)).double()
     return (counts / counts.sum()).tolist()
 
 
@@ -287,7 +291,7 @@ def _compare_anchors(
             few.padded_sizes(),
             present=sizes,
             ratios=ratios,
-            enough_iou=positive_iou,
+            positive_iou=positive_iou,
         )
 
     sets = [measure("as configured", sizes, ratios)]
@@ -325,5 +329,9 @@ def _named(names: Iterator[str] | Sequence[str], limit: int = 10) -> str:
     return ", ".join(every[:limit]) + rest
 
 
-def _mean(values: Tensor, of: Tensor | None = None) -> float:
-    return (values if of is None else values[of]).mean().item()
+def _picked(values: Tensor, of: Tensor | None) -> Tensor:
+    return values if of is None else values[of]
+
+
+def _mean(values: Tensor) -> float:
+    return values.double().mean().item()
