@@ -50,7 +50,7 @@ from fpn_det.report.training_view import (
     padded_image,
     roi_views,
 )
-from fpn_det.structures import Batch, InputError, printable
+from fpn_det.structures import Batch, Categories, printable
 
 PAGE_PX = 1000
 """Pictures in the page are no longer than this; the files have all pixels."""
@@ -89,16 +89,8 @@ def browse(
 ) -> list[int]:
     """Print the figures of the training split, and write pictures and page; returns ids of images not readable."""
     data = build.load_train_data(config)
-    if not len(data.boxes):
-        raise InputError(f"{data.source}: no box to train on, so there is nothing to show")
     say(data.summary())
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    torch.manual_seed(config.seed)
-    model = build.build_model(config, len(data.categories), pretrained=False)
-    if checkpoint_path is not None:
-        state = checkpoint.load_checkpoint(checkpoint_path)
-        checkpoint.check_categories(state, checkpoint_path, data.categories, data.source)
-        checkpoint.load_weights(model, checkpoint.best_weights(state), checkpoint_path)
+    model = build_detector(config, data, checkpoint_path)
     survey = survey_of(config, data, model)
     is_rpn = isinstance(model, ProposalNetwork)
     hints = advice(
@@ -113,30 +105,33 @@ def browse(
 
     with write_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
+    build.place(config, model, torch.device("cuda" if torch.cuda.is_available() else "cpu")).train()
     has_proposals = checkpoint_path is not None or isinstance(model, FastRCNN)
-    build.place(config, model, device).train()
     unreadable: list[int] = []
-    samples: list[list[Picture]] = []
-    shown = draw_steps(
-        config, data, model, survey, start_step=start_step, has_proposals=has_proposals, unreadable=unreadable
-    )
-    for number in tqdm(range(num_images), desc="drawing", unit="image", disable=None, file=sys.stderr):
-        each = next(shown)
-        samples.append([])
-        for kind, picture in each.pictures.items():
-            image = Image.fromarray(picture.permute(1, 2, 0).numpy())
-            with replacing(folder / f"{number:03d}_{kind}.png") as file:
-                image.save(file, format="PNG")
-            samples[-1].append(Picture(encoded(image), f"{kind}: {each.caption}", f"{kind} of {each.caption}"))
+    shown = draw_steps(config, data, model, start_step=start_step, has_proposals=has_proposals, unreadable=unreadable)
+    samples = write_pictures(shown, folder, num_images=num_images)
     note = "" if has_proposals or is_rpn else "No RoIs: proposals of random weights mean nothing. Give --checkpoint."
-    content = browse_page(
-        survey, name=config.name, source=data.summary(), advice=hints, samples=samples, note=note if samples else ""
-    )
-    write_text(folder / "index.html", content)
+    page = browse_page(survey, name=config.name, source=data.summary(), advice=hints, samples=samples, note=note)
+    write_text(folder / "index.html", page)
     for reason in explain_unreadable(data, unreadable):
         say(printable(reason), file=sys.stderr)
     say(f"written: {folder / 'index.html'}")
     return unreadable
+
+
+def build_detector(config: Config, data: CocoAnnotations, path: Path | None) -> DetectionModel:
+    """The model that the config trains, with the weights of a checkpoint or random ones.
+
+    Raises:
+        InputError: the checkpoint cannot be read, or is of other classes or another architecture.
+    """
+    torch.manual_seed(config.seed)
+    model = build.build_model(config, len(data.categories), pretrained=False)
+    if path is not None:
+        state = checkpoint.load_checkpoint(path)
+        checkpoint.check_categories(state, path, data.categories, data.source)
+        checkpoint.load_weights(model, checkpoint.best_weights(state), path)
+    return model
 
 
 def survey_of(config: Config, data: CocoAnnotations, model: DetectionModel) -> Survey:
@@ -171,7 +166,6 @@ def draw_steps(
     config: Config,
     data: CocoAnnotations,
     model: DetectionModel,
-    survey: Survey,
     *,
     start_step: int,
     has_proposals: bool,
@@ -183,7 +177,6 @@ def draw_steps(
         config: of the run.
         data: its training split.
         model: in training mode, on the device to compute on.
-        survey: of the split, for the names of levels.
         start_step: the first step.
         has_proposals: whether its proposals mean something.
         unreadable: takes the ids of images that cannot be read.
@@ -194,7 +187,7 @@ def draw_steps(
     for micro_step, batch in enumerate(loader):
         unreadable += [i for i in batch.unreadable.tolist() if i not in unreadable]
         step = start_step + micro_step // config.train.accumulate
-        drawings = draw_batch(config, model, batch.to(device), data, survey, has_proposals=has_proposals)
+        drawings = draw_batch(config, model, batch.to(device), data.categories, has_proposals=has_proposals)
         for i, pictures in enumerate(drawings):
             image_id = int(batch.image_ids[i])
             yield Shown(caption=f"step {step}, {names[position[image_id]]} (id {image_id})", pictures=pictures)
@@ -204,13 +197,12 @@ def draw_batch(
     config: Config,
     model: DetectionModel,
     batch: Batch,
-    data: CocoAnnotations,
-    survey: Survey,
+    categories: Categories,
     *,
     has_proposals: bool,
 ) -> Iterator[dict[str, Tensor]]:
     """Draw each image of a batch: its boxes, its anchors, its RoIs, as far as the model has them."""
-    class_names, levels = data.categories.names, survey.level_names
+    class_names, levels = categories.names, level_names(config)
     anchors = rois = None
     if not isinstance(model, FastRCNN):
         anchors = anchor_views(model.rpn, batch)
@@ -226,6 +218,24 @@ def draw_batch(
         if rois is not None:
             pictures["rois"] = draw_rois(image, batch, i, rois[i], class_names, levels)
         yield pictures
+
+
+def write_pictures(shown: Iterator[Shown], folder: Path, *, num_images: int) -> list[list[Picture]]:
+    """Write the first images as PNG files to `folder`.
+
+    Returns:
+        The pictures of each image, for the page.
+    """
+    samples = []
+    for number in tqdm(range(num_images), desc="drawing", unit="image", disable=None, file=sys.stderr):
+        each, pictures = next(shown), []
+        for kind, picture in each.pictures.items():
+            image = Image.fromarray(picture.permute(1, 2, 0).numpy())
+            with replacing(folder / f"{number:03d}_{kind}.png") as file:
+                image.save(file, format="PNG")
+            pictures.append(Picture(encoded(image), f"{kind}: {each.caption}", f"{kind} of {each.caption}"))
+        samples.append(pictures)
+    return samples
 
 
 def encoded(image: Image.Image) -> bytes:

@@ -57,14 +57,14 @@ def browse_page(
         survey: of the training split.
         name: of the run.
         source: the annotation file, in words.
-        advice: what is worth changing.
+        advice: what is worth changing, anchors aside.
         samples: the pictures of each image.
         note: on the pictures.
     """
     shown: list[str | Html] = [paragraph(SIGNS, soft=True), *([paragraph(note)] if note else [])]
     shown += [grid(pictures, width_px=300) for pictures in samples]
     sections = [
-        Section("Overview", [_overview(survey), *_advice(advice)]),
+        Section("Overview", [_overview(survey), *_advice([*advice, *_anchor_advice(survey)])]),
         *([Section("What the model sees", shown, STEPS)] if samples else []),
         *([_anchor_section(survey)] if survey.anchor_sets else []),
         _box_section(survey),
@@ -132,6 +132,17 @@ def _advice(advice: Sequence[str]) -> list[Html]:
         return [paragraph("Nothing stands out.")]
     items = "".join(f"<li>{markup(text)}</li>" for text in advice)
     return [heading("Worth a look"), Html(f"<ul>{items}</ul>")]
+
+
+def _anchor_advice(survey: Survey) -> list[str]:
+    old, new = survey.present, survey.suggested
+    if old is None or new is None:
+        return []
+    return [
+        f"Other anchors would cover the boxes better: recall at IoU {old.positive_iou:g} "
+        f"{old.recall(old.positive_iou):.1%} -> {new.recall(new.positive_iou):.1%}, mean best IoU "
+        f"{old.mean_iou():.3f} -> {new.mean_iou():.3f}: {' '.join(changed_overrides(old, new))}"
+    ]
 
 
 def _anchor_section(survey: Survey) -> Section:

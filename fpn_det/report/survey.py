@@ -231,14 +231,6 @@ def advice(survey: Survey, *, short_sides: Sequence[int], detections_per_image: 
             f"{int(survey.boxes_per_image.max())}), and no more detections are kept: raise "
             "model.roi_head.detections_per_image, which the metrics follow."
         )
-    if survey.suggested is not None and survey.present is not None:
-        old, new = survey.present, survey.suggested
-        said.append(
-            f"Other anchors would cover the boxes better: recall at IoU {old.positive_iou:g} "
-            f"{old.recall(old.positive_iou):.1%} -> {new.recall(new.positive_iou):.1%}, mean best IoU "
-            f"{old.mean_iou():.3f} -> {new.mean_iou():.3f}: "
-            f"{' '.join(changed_overrides(old, new))}"
-        )
     return said
 
 

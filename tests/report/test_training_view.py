@@ -74,7 +74,9 @@ def test_the_samples_are_those_of_the_losses(tiny, monkeypatch, overrides) -> No
         for index, box in zip(used[0].index[i], used[0].anchors[i], strict=True):
             assert torch.equal(view.anchors[index], box)  # so the levels have the shapes of the features
         assert not (view.ignored & (view.positive | view.negative)).any()
-    shown = {kind: sum(int(getattr(view, kind).sum()) for view in views) for kind in ("positive", "negative", "ignored")}
+    shown = {
+        kind: sum(int(getattr(view, kind).sum()) for view in views) for kind in ("positive", "negative", "ignored")
+    }
     assert min(shown.values()) > 10
     head = first_head(model.roi_head)
     for i, view in enumerate(rois):
