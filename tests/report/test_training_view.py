@@ -107,12 +107,13 @@ def test_a_box_without_anchors_is_marked(tiny) -> None:
     model, batch = training_step(read(tiny, "model.rpn.min_match_iou=0.3"))
     batch = with_targets(batch, [[8, 8, 40, 40], [8, 8, 40, 40], [50, 50, 53, 53]])
     view, empty = anchor_views(model.rpn, batch)[:2]
+    anchors = model.rpn.label(view.anchors, batch.targets)
+    assert view.positives_of_gt.tolist() == [int(anchors.is_positive[0].sum()), 0, 0]
     assert view.positives_of_gt[0] > 0
-    assert view.positives_of_gt[1:].tolist() == [0, 0]
     assert len(empty.positives_of_gt) == empty.positive.sum() == 0
     image = padded_image(batch, 0, (0, 0, 0))
     picture = draw_anchors(image, batch, 0, view, ["thing"], LEVELS)
-    assert count(picture, ALARM) > 100
+    assert count(picture, ALARM) > 800  # the outlines, not only the legend
     fine = with_targets(batch, [[8, 8, 40, 40]])
     [view, *_] = anchor_views(model.rpn, fine)
     assert count(draw_anchors(image, fine, 0, view, ["thing"], LEVELS), ALARM) == 0
