@@ -166,6 +166,61 @@ def draw_comparison(
     return _to_tensor(picture)
 
 
+def draw_points(image: Tensor, points: Tensor, *, colors: Sequence[Color], filled: Sequence[bool]) -> Tensor:
+    """Draw discs, and rings where not `filled`, on a copy of an image.
+
+    Args:
+        image: (3, H, W) uint8, RGB.
+        points: (B, 2) (x, y) of the centres, in pixels of `image`.
+        colors: B RGB colours.
+        filled: B times whether to draw a disc.
+
+    Returns:
+        (3, H, W) uint8 on the CPU.
+    """
+    picture = Image.fromarray(image.permute(1, 2, 0).cpu().numpy())
+    draw = ImageDraw.Draw(picture)
+    radius = max(2.0, min(picture.size) / 160)
+    for (x, y), color, is_filled in zip(points.tolist(), colors, filled, strict=True):
+        corners = (x - radius, y - radius, x + radius, y + radius)
+        draw.ellipse(corners, fill=color if is_filled else None, outline="black" if is_filled else color)
+    return _to_tensor(picture)
+
+
+def draw_title(picture: Tensor, title: str, legend: Sequence[tuple[str, Color]] = ()) -> Tensor:
+    """A picture under a strip with a title and, below that, what its colours mean.
+
+    Args:
+        picture: (3, H, W) uint8, RGB.
+        title: one line; what does not fit is cut off.
+        legend: names and colours, in as many lines as they need.
+
+    Returns:
+        (3, H', W) uint8 on the CPU.
+    """
+    height, width = picture.shape[1:]
+    font = _font((width, height))
+    pad, line_px = round(font.size / 2), round(1.6 * font.size)
+    places: list[tuple[float, int]] = []
+    x, line = float(pad), 1
+    for name, _ in legend:
+        entry_px = 1.3 * font.size + font.getlength(name) + 2 * pad
+        if x > pad and x + entry_px > width:
+            x, line = pad, line + 1
+        places.append((x, line))
+        x += entry_px
+    strip_px = line_px * (line + 1 if legend else 1) + pad // 2
+    canvas = Image.new("RGB", (width, height + strip_px), "white")
+    canvas.paste(Image.fromarray(picture.permute(1, 2, 0).cpu().numpy()), (0, strip_px))
+    draw = ImageDraw.Draw(canvas)
+    draw.text((pad, line_px // 2 + pad // 4), printable(title), fill="black", font=font, anchor="lm")
+    for (name, color), (x, line) in zip(legend, places, strict=True):
+        y = line_px * line + line_px // 2
+        draw.rectangle((x, y - font.size // 2, x + font.size, y + font.size // 2), fill=color, outline="black")
+        draw.text((x + 1.3 * font.size, y), printable(name), fill="black", font=font, anchor="lm")
+    return _to_tensor(canvas)
+
+
 def _draw_label(draw: ImageDraw.ImageDraw, text: str, x: int, y: int, *, color: Color, canvas: tuple[int, int]) -> None:
     """Write `text` on a filled background above (x, y), or below it where the canvas ends."""
     font = _font(canvas)

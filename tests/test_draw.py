@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from fpn_det.draw import class_color, draw_boxes, draw_comparison, draw_detections
+from fpn_det.draw import class_color, draw_boxes, draw_comparison, draw_detections, draw_points, draw_title
 from fpn_det.structures import Detections
 
 RED, BLUE = (255, 0, 0), (0, 0, 255)
@@ -215,3 +215,26 @@ def test_real_image(test_data: Path) -> None:
         assert red[y2 - 1, x1:x2].all()
     assert 0.01 < red.float().mean() < 0.3
     assert torch.equal(out[:, ~red], image[:, ~red])
+
+
+def test_points_are_discs_and_rings() -> None:
+    image = torch.zeros(3, 60, 80, dtype=torch.uint8)
+    picture = draw_points(image, torch.tensor([[20.0, 30], [60, 30]]), colors=[RED, RED], filled=[True, False])
+    assert tuple(picture[:, 30, 20]) == RED
+    assert not picture[:, 30, 60].any()
+    assert (picture[:, 28:33, 57:64] == torch.tensor(RED)[:, None, None]).all(0).any()
+    assert not picture[:, :20].any()
+    assert torch.equal(draw_points(image, torch.zeros(0, 2), colors=[], filled=[]), image)
+
+
+def test_a_title_stands_above_and_its_legend_takes_the_lines_it_needs() -> None:
+    image = torch.full((3, 100, 200), 7, dtype=torch.uint8)
+    heights = []
+    for num in (0, 1, 20):
+        picture = draw_title(image, "a title\x1b", [("P2: 12", RED)] * num)
+        assert torch.equal(picture[:, -100:], image)
+        assert picture.shape[2] == 200
+        heights.append(picture.shape[1] - 100)
+        found = int((picture == torch.tensor(RED)[:, None, None]).all(0).sum())
+        assert 80 * num <= found <= 200 * num
+    assert heights[0] < heights[1] < heights[2]

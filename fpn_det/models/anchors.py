@@ -42,6 +42,7 @@ class Anchors(nn.Module):
         if len(sizes) != len(strides):
             raise ValueError(f"anchor sizes are needed for each level: got {len(sizes)} for {len(strides)} levels")
         self.strides = tuple(strides)
+        self.rounded = rounded
         self.inferred_strides = inferred_strides
         size = torch.tensor([tuple(level) for level in sizes], dtype=torch.float64)[:, :, None]
         root = torch.tensor(ratios, dtype=torch.float64).sqrt()

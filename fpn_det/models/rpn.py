@@ -28,6 +28,21 @@ from fpn_det.structures import Proposals, Targets
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class AnchorLabels:
+    """What the anchors of all levels are to the ground truth; those that are neither are ignored.
+
+    Attributes:
+        gt_index: (N, A) int64, the ground truth that each overlaps most; 0 where there is none.
+        is_positive: (N, A) bool.
+        is_negative: (N, A) bool.
+    """
+
+    gt_index: Tensor
+    is_positive: Tensor
+    is_negative: Tensor
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class AnchorSamples:
     """The anchors that a step trains on.
 
@@ -221,22 +236,28 @@ class RPN(nn.Module):
     def sample(self, anchors: Sequence[Tensor], targets: Targets, seeds: Tensor) -> AnchorSamples:
         """Match the anchors of all levels with the ground truth and choose some at random, by `seeds` (N,)."""
         all_anchors = torch.cat(list(anchors))
-        matches = match(all_anchors, targets, min_best_iou=self.min_match_iou)
-        positive = (matches.iou >= self.positive_iou) | matches.is_best
-        negative = (matches.iou < self.negative_iou) & ~positive
+        labels = self.label(all_anchors, targets)
         index, is_positive, valid = sample(
-            positive,
-            negative,
+            labels.is_positive,
+            labels.is_negative,
             noise(seeds, len(all_anchors), salt=ANCHORS),
             num=self.num_samples,
             positive_fraction=self.positive_fraction,
         )
         sampled = gt_boxes = all_anchors[index]
         if targets.boxes.shape[1] > 0:
-            gt_index = matches.gt_index.gather(1, index)
+            gt_index = labels.gt_index.gather(1, index)
             gt_boxes = targets.boxes.gather(1, gt_index[:, :, None].expand(-1, -1, 4))
             gt_boxes = torch.where(is_positive[:, :, None], gt_boxes, sampled)
         return AnchorSamples(index=index, is_positive=is_positive, valid=valid, anchors=sampled, gt_boxes=gt_boxes)
+
+    @torch.no_grad()
+    def label(self, anchors: Tensor, targets: Targets) -> AnchorLabels:
+        """Match `anchors` (A, 4) of all levels with the ground truth, without sampling."""
+        matches = match(anchors, targets, min_best_iou=self.min_match_iou)
+        positive = (matches.iou >= self.positive_iou) | matches.is_best
+        negative = (matches.iou < self.negative_iou) & ~positive
+        return AnchorLabels(gt_index=matches.gt_index, is_positive=positive, is_negative=negative)
 
     def count_positives(self, samples: AnchorSamples) -> Tensor:
         """Mean number of positives per image."""

@@ -384,3 +384,25 @@ def test_proposals_are_detached() -> None:
     proposals = rpn.propose([x.requires_grad_() for x in logits], [x.requires_grad_() for x in deltas], anchors, SIZES)
     assert not proposals.boxes.requires_grad
     assert not proposals.scores.requires_grad
+
+
+def test_labels_are_what_is_sampled_from(make_targets) -> None:
+    """Anchors are positive, negative, or neither; which of them count is the only choice of `sample`.
+
+    The third box is so small that its best anchors overlap it less than negatives may.
+    """
+    rpn = make_rpn(num_samples=10_000, positive_fraction=1.0)
+    anchors = rpn.anchors(SHAPES)
+    targets = make_targets([[[2, 2, 14, 12], [20, 10, 30, 30], [3, 21, 5, 23]], []], [[0, 1, 2], []])
+    labels = rpn.label(torch.cat(anchors), targets)
+    samples = rpn.sample(anchors, targets, SEEDS)
+    assert not (labels.is_positive & labels.is_negative).any()
+    assert (~labels.is_positive & ~labels.is_negative).any()
+    for i in range(2):
+        index, is_positive = samples.index[i][samples.valid[i]], samples.is_positive[i][samples.valid[i]]
+        assert index[is_positive].sort().values.tolist() == labels.is_positive[i].nonzero().flatten().tolist()
+        assert index[~is_positive].sort().values.tolist() == labels.is_negative[i].nonzero().flatten().tolist()
+    assert (labels.gt_index[0][labels.is_positive[0]] == 2).any()
+    owners = labels.gt_index[0][labels.is_positive[0]]
+    iou = box_iou(torch.cat(anchors)[labels.is_positive[0]], targets.boxes[0])
+    assert torch.equal(iou.argmax(1), owners)

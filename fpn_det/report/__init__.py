@@ -1,0 +1,1 @@
+"""What people look at: pages of HTML with tables, charts and pictures; the analysis behind them."""
