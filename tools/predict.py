@@ -214,7 +214,7 @@ class Run:
         self.num_frames += num_frames
         if video.is_cut_short(num_frames) and not stop.requested:
             self.problems.append(
-                f"cut short: {video.name}: {num_frames} of the {video.num_frames} frames that it states could be decoded"
+                f"cut short: {video.name}: {num_frames} of the {video.num_frames} frames stated could be decoded"
             )
 
     def _draw_frame(self, outcome: Outcome) -> tuple[Prediction, NDArray[np.uint8] | None]:
