@@ -501,7 +501,7 @@ def read_image(image: ImageLike) -> Tensor:
         return from_pillow(image)
     if isinstance(image, np.ndarray):
         if image.ndim == 3 and image.shape[2] == 3 and image.dtype == np.uint8 and image.size:
-            return torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)
+            return torch.from_numpy(np.array(image, order="C")).permute(2, 0, 1)
         raise InputError(
             f"an array of shape {image.shape} and type {image.dtype} is no image here: it must be (H, W, 3) uint8, RGB "
             "(PIL.Image.fromarray(array).convert('RGB') makes that of grey and transparent ones)"

@@ -16,7 +16,7 @@ small in the resized whole. With `eval.tta={}` the detections in several sizes o
 merged. Only images of one size share a batch: results do not depend on what else is in the folder.
 
 An image or video that cannot be read is passed over, unless it is the only one: standard error says why, and the exit
-code is 1. Ctrl-C ends after the images at hand; what was done is written, and the exit code is 130.
+code is 1. Ctrl-C ends the work; what was done is written, and the exit code is 130.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import chain, count, groupby, repeat
+from itertools import chain, count, groupby, repeat, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -191,8 +191,9 @@ class Run:
                 closing(video.frames()) as frames,
                 VideoWriter(self._place(source), fps=video.fps) as writer,
             ):
+                until_stop = takewhile(lambda _: not stop.requested, frames)  # so what was read is written, too
                 drawn = ahead(
-                    self._draw_frame, self.detector.stream(frames, **options), depth=AHEAD, num_threads=NUM_THREADS
+                    self._draw_frame, self.detector.stream(until_stop, **options), depth=AHEAD, num_threads=NUM_THREADS
                 )
                 finished = ahead(partial(self._save_frame, writer), drawn, depth=AHEAD, num_threads=1)
                 with closing(finished), progress("frame", video.num_frames) as bar:
@@ -201,8 +202,6 @@ class Run:
                         self._write_records(write, prediction, next(image_ids), extra)
                         num_frames += 1
                         bar.update()
-                        if stop.requested:
-                            break
                 if num_frames == 0:
                     raise UnreadableVideo(f"{video.name}: no frame of it can be decoded; convert it, or leave it out")
         except UnreadableVideo as error:
