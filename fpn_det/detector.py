@@ -30,11 +30,11 @@ from PIL import Image
 from torch import Tensor
 
 from fpn_det import build
+from fpn_det.ahead import ahead
 from fpn_det.config import load_config, parse_config
 from fpn_det.data.loader import collate
 from fpn_det.data.transforms import TestTransform, from_pillow, load_image, resized_size
 from fpn_det.draw import draw_detections
-from fpn_det.engine.ahead import ahead
 from fpn_det.engine.checkpoint import checkpoint_categories, load_checkpoint
 from fpn_det.engine.evaluate import DetectionModel, detect, merge_views, to_coco_results
 from fpn_det.engine.precision import Precision
@@ -107,11 +107,12 @@ class Prediction:
             keep &= np.isin(self.labels, class_labels(classes, self.categories))
         return replace(self, boxes=self.boxes[keep], scores=self.scores[keep], labels=self.labels[keep])
 
-    def draw(self, image: ImageLike) -> Image.Image:
-        """The image with the boxes, class names and scores drawn on it; small images come back enlarged.
+    def draw(self, image: ImageLike, *, enlarge: bool = True) -> Image.Image:
+        """The image with the boxes, class names and scores drawn on it.
 
         Args:
             image: the one that was predicted.
+            enlarge: whether a small image comes back larger, by a whole number, so that the texts can be read.
 
         Raises:
             InputError: it cannot be read, or is of another size.
@@ -122,7 +123,7 @@ class Prediction:
             raise InputError(
                 f"the image to draw on is {w}x{h} (width x height), but these detections are of one of {own_w}x{own_h}"
             )
-        picture = draw_detections(pixels, self._detections(), self.categories.names, score_thresh=0.0)
+        picture = draw_detections(pixels, self._detections(), self.categories.names, score_thresh=0.0, enlarge=enlarge)
         return Image.fromarray(picture.permute(1, 2, 0).numpy())
 
     def to_coco(self, image_id: int) -> list[dict[str, Any]]:
@@ -500,7 +501,7 @@ def read_image(image: ImageLike) -> Tensor:
         return from_pillow(image)
     if isinstance(image, np.ndarray):
         if image.ndim == 3 and image.shape[2] == 3 and image.dtype == np.uint8 and image.size:
-            return torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)
+            return torch.from_numpy(np.array(image, order="C")).permute(2, 0, 1)
         raise InputError(
             f"an array of shape {image.shape} and type {image.dtype} is no image here: it must be (H, W, 3) uint8, RGB "
             "(PIL.Image.fromarray(array).convert('RGB') makes that of grey and transparent ones)"

@@ -50,6 +50,7 @@ def draw_boxes(
     *,
     colors: Sequence[Color],
     width: int | None = None,
+    enlarge: bool = True,
 ) -> Tensor:
     """Draw labelled boxes on a copy of an image; later boxes lie on top.
 
@@ -59,10 +60,11 @@ def draw_boxes(
         labels: B texts; an empty one draws the box alone. Control characters are shown as escapes.
         colors: B RGB colours.
         width: of the lines, in pixels; by default it follows the image's size.
+        enlarge: whether small images come back larger.
 
     Returns:
-        (3, k*H, k*W) uint8 on the CPU. k is 1 unless the short side is below 320 pixels, where k is the smallest
-        whole number that lifts it to that (or the largest that keeps the long side within 1280).
+        (3, k*H, k*W) uint8 on the CPU. k is 1 unless the short side is below 320 pixels and `enlarge`, where k is the
+        smallest whole number that lifts it to that (or the largest that keeps the long side within 1280).
 
     Raises:
         ValueError: a shape or dtype other than these, or counts that differ.
@@ -74,7 +76,7 @@ def draw_boxes(
             f"need boxes (B, 4), B labels, B colors; got {tuple(boxes.shape)}, {len(labels)}, {len(colors)}"
         )
     short_px, long_px = sorted(image.shape[1:])
-    factor = max(1, min(-(-_MIN_SIDE_PX // short_px), _MAX_SIDE_PX // long_px))
+    factor = max(1, min(-(-_MIN_SIDE_PX // short_px), _MAX_SIDE_PX // long_px)) if enlarge else 1
     picture = Image.fromarray(image.permute(1, 2, 0).cpu().numpy())
     picture = picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
     draw = ImageDraw.Draw(picture)
@@ -98,7 +100,12 @@ def draw_boxes(
 
 
 def draw_detections(
-    image: Tensor, detections: Detections, class_names: Sequence[str], *, score_thresh: float = 0.5
+    image: Tensor,
+    detections: Detections,
+    class_names: Sequence[str],
+    *,
+    score_thresh: float = 0.5,
+    enlarge: bool = True,
 ) -> Tensor:
     """Draw the detections that score at least `score_thresh`, the best on top.
 
@@ -107,6 +114,7 @@ def draw_detections(
         detections: in the frame of `image`.
         class_names: K names.
         score_thresh: 0..1.
+        enlarge: as of `draw_boxes`.
 
     Returns:
         (3, k*H, k*W) uint8, enlarged as `draw_boxes` says.
@@ -119,6 +127,7 @@ def draw_detections(
         detections.boxes[keep],
         [f"{class_names[label]} {score:.2f}" for label, score in zip(labels, scores, strict=True)],
         colors=[class_color(label) for label in labels],
+        enlarge=enlarge,
     )
 
 

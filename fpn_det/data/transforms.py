@@ -141,8 +141,12 @@ def max_pixels() -> float:
     return Image.MAX_IMAGE_PIXELS or math.inf
 
 
-def find_images(source: Path) -> list[Path]:
-    """The image files at `source`: the file itself, or those directly in a folder, by name.
+def find_images(source: Path, *, recursive: bool = False) -> list[Path]:
+    """The image files at `source`: the file itself, or those in a folder, by name.
+
+    Args:
+        source: an image or a folder.
+        recursive: whether those in folders of the folder count, too.
 
     Raises:
         InputError: there is no such path, or no image in the folder.
@@ -151,7 +155,8 @@ def find_images(source: Path) -> list[Path]:
         return [source]
     if not source.is_dir():
         raise InputError(f"{source}: no such image or folder")
-    paths = sorted(p for p in source.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
+    entries = source.rglob("*") if recursive else source.iterdir()
+    paths = sorted(p for p in entries if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
     if not paths:
         raise InputError(f"{source}: no image in this folder (looked for {', '.join(sorted(IMAGE_SUFFIXES))})")
     return paths

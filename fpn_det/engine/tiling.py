@@ -22,7 +22,7 @@ from fpn_det.structures import Detections
 Window = tuple[int, int, int, int]
 """XYXY in whole pixels of the image."""
 
-BORDER_FRACTION = 0.1
+BORDER_FRACTION = 0.05
 """So near to the border of its window, as a fraction of its own width or height, a box is taken for cut off."""
 
 BORDER_PX = 2

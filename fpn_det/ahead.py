@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
@@ -11,7 +11,9 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-def ahead(call: Callable[[Item], Result], items: Iterable[Item], *, depth: int, num_threads: int) -> Iterator[Result]:
+def ahead(
+    call: Callable[[Item], Result], items: Iterable[Item], *, depth: int, num_threads: int
+) -> Generator[Result, None, None]:
     """`call` of each item, in their order, computed in advance.
 
     Args:
