@@ -623,7 +623,10 @@ class EvalConfig(Section):
     every: NonNegativeInt | None = None
     """Steps between two evaluations; none is a tenth of the run, at most 5000; 0 evaluates only at the end."""
     tensorboard_images: NonNegativeInt = 8
-    """Validation images with their detections written to TensorBoard at each evaluation."""
+    """Validation images with ground truth and detections written to TensorBoard at each evaluation, and training images
+    as the model sees them, of the first step."""
+    tensorboard_classes: bool = False
+    """Write the AP of each class to TensorBoard and log.jsonl at each evaluation, too: as many curves as classes."""
     tta: TtaConfig | None = None
     """Test-time augmentation of tools/eval.py and tools/predict.py; none looks at each image once, as training does
     in any case. A section with all defaults is `tta: {}`."""

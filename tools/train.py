@@ -12,7 +12,7 @@ process is lost.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, nullcontext
 from datetime import timedelta
 from pathlib import Path
@@ -29,7 +29,7 @@ from fpn_det.data.loader import explain_unreadable
 from fpn_det.data.problems import format_problems
 from fpn_det.data.report import write_report
 from fpn_det.data.transforms import load_image
-from fpn_det.draw import draw_comparison
+from fpn_det.draw import class_color, draw_boxes, draw_comparison
 from fpn_det.engine import checkpoint, run_folder
 from fpn_det.engine.coco_eval import (
     METRIC_NAMES,
@@ -52,7 +52,7 @@ from fpn_det.engine.runlog import RunLog
 from fpn_det.engine.train import train
 from fpn_det.files import write_text
 from fpn_det.models.faster_rcnn import DetectionModel
-from fpn_det.structures import InputError
+from fpn_det.structures import Batch, InputError
 
 
 def main() -> None:
@@ -150,6 +150,7 @@ def train_on(
                 log.message(format_problems(data.problems))
         if between:
             log.message(f"images of both splits:\n{format_problems(between)}")
+        log.text(start_step, "config", dump_config(config))
         log.message(describe(config, model, train_data, num_steps, start_step, process))
         if state is not None:
             log.message(what_changed(state, config, stream) or "nothing has changed since that checkpoint")
@@ -180,23 +181,24 @@ def train_on(
                 checkpoint.save_checkpoint(run_folder.step_path(folder, step), weights_for_use(step) | resumable)
                 run_folder.prune_checkpoints(folder, config.train.keep_checkpoints)
 
-        def evaluate_at(step: int) -> None:
+        def evaluate_at(step: int) -> bool:
             process.share_buffers(detector)
             if proposals_only:
                 recalls = build.evaluate_model_proposals(config, detector, val_loader, truth, process=process)
                 if recalls is not None:
                     record(step, recalls, PROPOSAL_METRIC_NAMES, format_proposal_table(recalls))
-                return
+                return False
             views = [View(batches=val_loader)]
             evaluated = build.evaluate_model(config, detector, views, truth, categories, process=process)
             if evaluated is None:
-                return
+                return False
             metrics, results = evaluated
             record(step, metrics, METRIC_NAMES, format_table(metrics))
             for index in pictures:
-                log.image(step, f"val/{index}", draw_validation(val_data, index, results))
+                log.image(step, f"images/val/{index}", draw_validation(val_data, index, results))
             if step == num_steps:
                 write_results(folder / "predictions.json", results)
+            return False
 
         def record(step: int, metrics: Metrics | ProposalMetrics, names: Sequence[str], table: str) -> None:
             nonlocal best_value
@@ -207,12 +209,21 @@ def train_on(
             if numbers[headline] > best_value:
                 best_value = numbers[headline]
                 checkpoint.save_checkpoint(best, weights_for_use(step) | {headline: best_value})
-            log.scalars(
-                step, {f"val/{name}": numbers[name] for name in names}
-            )  # which says that this step is evaluated
+            scalars = {f"val/{name}": numbers[name] for name in names}
+            if config.eval.tensorboard_classes:
+                scalars |= {f"val_classes/{name}": of["AP"] for name, of in numbers.get("per_class", {}).items()}
+            log.scalars(step, scalars)  # which says that this step is evaluated
             if step == num_steps:
                 checkpoint.save_checkpoint(folder / "final.pth", weights_for_use(step))
                 log.write_json("metrics.json", numbers)
+
+        def shown_first(batches: Iterable[Batch]) -> Iterator[Batch]:
+            for i, batch in enumerate(batches):
+                if i == 0 and start_step == 0:
+                    for index in range(min(config.eval.tensorboard_images, len(batch.images))):
+                        picture = draw_training(batch, index, categories.names)
+                        log.image(1, f"images/train/{index}", picture)
+                yield batch
 
         def note_unreadable(image_ids: list[int]) -> None:
             lines = unreadable.note(image_ids)
@@ -232,7 +243,7 @@ def train_on(
             with StepProfiler(folder, log) if profile and process.is_main else nullcontext() as profiler:
                 done = train(
                     model,
-                    build.build_train_loader(config, train_data, start_step=start_step, process=process),
+                    shown_first(build.build_train_loader(config, train_data, start_step=start_step, process=process)),
                     optimizer=optimizer,
                     scaler=scaler,
                     lr_at=build.build_schedule(config, num_steps),
@@ -336,6 +347,20 @@ def changes(before: str, after: str) -> str:
     """The lines that differ between two configs."""
     lines = difflib.unified_diff(before.splitlines(), after.splitlines(), "then", "now", lineterm="", n=0)
     return "\n".join(line for line in lines if line.startswith(("-", "+")))
+
+
+def draw_training(batch: Batch, index: int, names: Sequence[str]) -> torch.Tensor:
+    """One image of a batch with its ground truth, resized and augmented as the model sees it, without the padding."""
+    h, w = batch.sizes[index].tolist()
+    valid = batch.targets.valid[index]
+    labels = batch.targets.labels[index][valid].tolist()
+    image = batch.images[index, :, :h, :w].round().to(torch.uint8)
+    return draw_boxes(
+        image,
+        batch.targets.boxes[index][valid],
+        [names[label] for label in labels],
+        colors=[class_color(label) for label in labels],
+    )
 
 
 def draw_validation(data: CocoAnnotations, index: int, results: ScoredBoxes) -> torch.Tensor:
