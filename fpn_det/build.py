@@ -127,7 +127,12 @@ def check_num_classes(config: Config, categories: Categories) -> Categories:
 
 
 def check_norms(config: Config) -> None:
-    """Refuse to train layers that start at random under frozen batch norm, which would never normalise them."""
+    """Refuse to train layers that start at random under frozen batch norm, which would never normalise them.
+
+    With `model.weights`, which layers those are shows when it is loaded.
+    """
+    if config.model.weights is not None:
+        return
     neck, head = config.model.neck, config.model.roi_head.box_head
     frozen = {
         "model.neck.norm": isinstance(neck, FpnConfig | PafpnConfig) and neck.norm == "frozen_bn",
@@ -321,14 +326,15 @@ def build_model(config: Config, num_classes: int, *, pretrained: bool) -> Detect
     Args:
         config: what to build.
         num_classes: K, from the data set or a checkpoint.
-        pretrained: whether to load `model.backbone.weights`; a checkpoint that is loaded next makes that needless.
+        pretrained: whether to load `model.backbone.weights`; a checkpoint that is loaded next, such as
+            `model.weights`, makes that needless.
 
     Raises:
         InputError: the backbone weights cannot be had or do not fit.
     """
     model = config.model
     weights = None
-    if pretrained and model.backbone.weights is not None:
+    if pretrained and model.weights is None and model.backbone.weights is not None:
         weights = read_classifier(model.backbone.name, model.backbone.weights)
     backbone = build_backbone(config)
     neck = build_neck(config, backbone)

@@ -51,6 +51,7 @@ from fpn_det.engine.profile import StepProfiler
 from fpn_det.engine.runlog import RunLog
 from fpn_det.engine.train import train
 from fpn_det.files import write_text
+from fpn_det.finetune import load_start_weights
 from fpn_det.models.faster_rcnn import DetectionModel
 from fpn_det.structures import Batch, InputError
 
@@ -104,6 +105,9 @@ def train_on(
     num_steps = build.num_steps(config, len(train_data))
     torch.manual_seed(config.seed)
     model = build.build_model(config, len(categories), pretrained=state is None)
+    origin = ""
+    if state is None and config.model.weights is not None:
+        origin = load_start_weights(config, model, categories)
     build.place(config, model, process.device)
     optimizer = build.build_optimizer(config, model)
     scaler = loss_scaler(process.device, config.train.precision)
@@ -152,6 +156,8 @@ def train_on(
             log.message(f"images of both splits:\n{format_problems(between)}")
         log.text(start_step, "config", dump_config(config))
         log.message(describe(config, model, train_data, num_steps, start_step, process))
+        if origin:
+            log.message(origin)
         if state is not None:
             log.message(what_changed(state, config, stream) or "nothing has changed since that checkpoint")
             state.clear()  # the weights need not be in memory twice
