@@ -129,8 +129,14 @@ def check_num_classes(config: Config, categories: Categories) -> Categories:
 def check_norms(config: Config) -> None:
     """Refuse to train layers that start at random under frozen batch norm, which would never normalise them.
 
-    With `model.weights`, which layers those are shows when it is loaded.
+    With `model.weights`, which layers those are shows when it is loaded. A batch norm that is trained must have an eps.
     """
+    backbone = config.model.backbone
+    if backbone.norm_eps == 0 and backbone.norm in ("bn", "sync_bn") and backbone.frozen_stages < 5:
+        raise InputError(
+            f"model.backbone.norm_eps is 0, under which norm {backbone.norm} cannot be trained: remove the key, or set "
+            "model.backbone.norm to frozen_bn"
+        )
     if config.model.weights is not None:
         return
     neck, head = config.model.neck, config.model.roi_head.box_head
@@ -168,14 +174,20 @@ def load_proposals(path: Path | None) -> FixedProposals | None:
 
 
 def build_train_loader(
-    config: Config, data: CocoAnnotations, *, start_step: int = 0, process: Process | None = None
+    config: Config,
+    data: CocoAnnotations,
+    *,
+    start_step: int = 0,
+    process: Process | None = None,
+    transform: TestTransform | None = None,
 ) -> DataLoader[Sample]:
     """The endless stream of training batches of this process, from `start_step` on.
 
+    What happens to the images is `transform`, by default the augmentation that the config describes.
     With `data.on_error: drop`, images that cannot be read are replaced and named in `Batch.unreadable`.
     """
     process = process or Process()
-    transform = TrainTransform(
+    augment = TrainTransform(
         short_sides=config.data.short_sides,
         long_side=config.data.long_side,
         horizontal_flip=config.data.horizontal_flip,
@@ -201,7 +213,7 @@ def build_train_loader(
     return make_loader(
         DetectionDataset(
             data,
-            transform,
+            transform or augment,
             load_proposals(config.data.train.proposals),
             on_unreadable="replace" if config.data.on_error == "drop" else "fail",
         ),

@@ -102,14 +102,6 @@ class BackboneConfig(Section):
             raise ValueError(f"stride_in_1x1 is true, but the blocks of {self.name} have no 1x1 convolution: remove it")
         return self
 
-    @model_validator(mode="after")
-    def _trained_norms_need_eps(self) -> Self:
-        if self.norm_eps == 0 and self.norm in ("bn", "sync_bn"):
-            raise ValueError(
-                f"norm_eps is 0, for which norm {self.norm} cannot be trained: remove it, or set norm to frozen_bn"
-            )
-        return self
-
 
 def _check_groups(norm: Norm | None, key: str, channels: int) -> None:
     if norm == "gn" and channels % 32:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import torchvision
+from torchvision.models import get_model
 from torchvision.models.detection import FasterRCNN
 from torchvision.models.detection.backbone_utils import BackboneWithFPN
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
@@ -16,8 +17,11 @@ from torchvision.ops import FrozenBatchNorm2d
 from fpn_det import build
 from fpn_det.config import Config, load_config
 from fpn_det.engine.checkpoint import load_checkpoint, save_checkpoint
-from fpn_det.finetune import load_start_weights
+from fpn_det.finetune import BODY_KEYS, PART_KEYS, differences, load_start_weights
 from fpn_det.structures import Categories, InputError
+from fpn_det.weights import torchvision as torchvision_weights
+from fpn_det.weights.read import WeightFile
+from tests.weights.importing import blank, parse
 
 FROZEN = ["model.backbone.norm=frozen_bn", "model.backbone.frozen_stages=2"]  # without backbone.weights
 NO_CHANGE = ["train.steps=1", "optim.lr=1e-30", "eval.every=0", *FROZEN]
@@ -178,3 +182,16 @@ def test_files_that_are_no_detector(tiny, source, tmp_path):
         file.truncate(1000)
     with pytest.raises(InputError, match=r"model\.weights: .*damaged"):
         start(tiny, f"model.weights={tmp_path / 'torn.pth'}", categories=categories)
+
+
+def test_the_shipped_config_suits_the_weights_that_it_names():
+    """Those of torchvision's COCO_V1, as the import describes them: nothing is refused or remarked."""
+    with torch.device("meta"):
+        model = get_model("fasterrcnn_resnet50_fpn", weights=None, weights_backbone=None, num_classes=91)
+    shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    tensors = blank({name: shape for name, shape in shapes.items() if not name.endswith("num_batches_tracked")})
+    then = parse(torchvision_weights.convert(WeightFile(tensors, {}, Path("theirs.pth")), norm_eps=0.0))
+    now = load_config(Path(__file__).parent.parent / "configs/finetune.yaml")
+    keys = [*BODY_KEYS, *(key for keys in PART_KEYS.values() for key in keys)]
+    assert differences(then, now, keys) == []
+    assert differences(then, Config(), keys) != []

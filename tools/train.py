@@ -1,17 +1,22 @@
 """Train a detector.
 
     python tools/train.py --config configs/r50_fpn.yaml [--output-dir D] [--resume] [--profile] [key=value ...]
+    python tools/train.py --config configs/r50_fpn.yaml --overfit 8
     torchrun --nproc-per-node 8 tools/train.py --config configs/r50_fpn.yaml
 
 Writes to runs/NAME (or D): config.yaml, data_report.json, log.txt, log.jsonl, tensorboard/, checkpoints,
 predictions.json and metrics.json; diagnosis.json if training diverged. SIGINT and SIGTERM save a checkpoint and exit
 with code 0; --resume goes on from the newest one that is whole. `torchrun --max-restarts N` goes on by itself when a
 process is lost.
+
+--overfit N is a check: it trains on the same N images until their AP exceeds 0.9 (exit code 0), or says which stage
+fails, with numbers and the way out (exit code 1). It writes to runs/NAME_overfit.
 """
 
 from __future__ import annotations
 
 import difflib
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, nullcontext
 from datetime import timedelta
@@ -28,8 +33,6 @@ from fpn_det.data.coco import CocoAnnotations
 from fpn_det.data.loader import explain_unreadable
 from fpn_det.data.problems import format_problems
 from fpn_det.data.report import write_report
-from fpn_det.data.transforms import load_image
-from fpn_det.draw import class_color, draw_boxes, draw_comparison
 from fpn_det.engine import checkpoint, run_folder
 from fpn_det.engine.coco_eval import (
     METRIC_NAMES,
@@ -37,14 +40,13 @@ from fpn_det.engine.coco_eval import (
     GroundTruth,
     Metrics,
     ProposalMetrics,
-    ScoredBoxes,
     format_proposal_table,
     format_table,
     write_results,
 )
 from fpn_det.engine.diagnosis import SkippedSteps
 from fpn_det.engine.distributed import Process, launched_process
-from fpn_det.engine.evaluate import View, from_coco_results
+from fpn_det.engine.evaluate import View
 from fpn_det.engine.optim import MovingAverage
 from fpn_det.engine.precision import loss_scaler
 from fpn_det.engine.profile import StepProfiler
@@ -53,6 +55,8 @@ from fpn_det.engine.train import train
 from fpn_det.files import write_text
 from fpn_det.finetune import load_start_weights
 from fpn_det.models.faster_rcnn import DetectionModel
+from fpn_det.overfit import overfit, overrides
+from fpn_det.snapshots import draw_training, draw_validation
 from fpn_det.structures import Batch, InputError
 
 
@@ -64,15 +68,27 @@ def main() -> None:
     parser.add_argument(
         "--profile", action="store_true", help="profile ten steps: the top operators in the log, trace.json.gz"
     )
+    parser.add_argument(
+        "--overfit", type=int, metavar="N", help="train on N images until AP > 0.9, or say why that fails"
+    )
     parser.add_argument("--print-config", action="store_true", help="print the resolved config and exit")
     args = parser.parse_intermixed_args()
     with user_errors():
         config = load_config(args.config, args.overrides)
+        if args.overfit is not None:
+            if args.overfit < 1:
+                raise InputError(f"--overfit {args.overfit}: must be at least 1; 8 is common")
+            if args.resume or args.profile:
+                raise InputError("--overfit starts anew each time: leave out --resume and --profile")
+            config = load_config(args.config, [*overrides(config, args.overfit), *args.overrides])
         if args.print_config:
             print(dump_config(config), end="")
             return
         folder = args.output_dir or Path("runs") / config.name
         with launched_process(timeout=timedelta(minutes=config.runtime.timeout_minutes)) as process:
+            if args.overfit is not None:
+                folder = args.output_dir or folder.with_name(f"{folder.name}_overfit")
+                sys.exit(0 if overfit(config, folder, num_images=args.overfit, process=process) else 1)
             run(config, folder, resume=args.resume, profile=args.profile, process=process)
 
 
@@ -353,33 +369,6 @@ def changes(before: str, after: str) -> str:
     """The lines that differ between two configs."""
     lines = difflib.unified_diff(before.splitlines(), after.splitlines(), "then", "now", lineterm="", n=0)
     return "\n".join(line for line in lines if line.startswith(("-", "+")))
-
-
-def draw_training(batch: Batch, index: int, names: Sequence[str]) -> torch.Tensor:
-    """One image of a batch with its ground truth, resized and augmented as the model sees it, without the padding."""
-    h, w = batch.sizes[index].tolist()
-    valid = batch.targets.valid[index]
-    labels = batch.targets.labels[index][valid].tolist()
-    image = batch.images[index, :, :h, :w].round().to(torch.uint8)
-    return draw_boxes(
-        image,
-        batch.targets.boxes[index][valid],
-        [names[label] for label in labels],
-        colors=[class_color(label) for label in labels],
-    )
-
-
-def draw_validation(data: CocoAnnotations, index: int, results: ScoredBoxes) -> torch.Tensor:
-    """Ground truth and detections of one validation image, side by side."""
-    h, w = data.sizes[index].tolist()
-    of_image = results.image_ids == int(data.image_ids[index])
-    detections = from_coco_results(results[of_image], data.categories)
-    boxes, labels = data.targets(index)
-    try:
-        image = load_image(data.path(index), (h, w))
-    except InputError:  # the evaluation has said so
-        image = torch.zeros(3, h, w, dtype=torch.uint8)
-    return draw_comparison(image, detections, boxes, labels, data.categories.names)
 
 
 if __name__ == "__main__":
