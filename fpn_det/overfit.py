@@ -32,8 +32,9 @@ from fpn_det.models.faster_rcnn import DetectionModel, FastRCNN
 from fpn_det.snapshots import draw_validation
 from fpn_det.structures import InputError, printable
 
+STEPS = "train.steps=400"
 OVERRIDES = (
-    "train.steps=400",
+    STEPS,
     "optim.schedule=cosine",  # at a constant rate boxes stay imprecise: AP 60 to 70 where this exceeds 90
     "optim.warmup_steps=50",
     "train.accumulate=1",
@@ -45,9 +46,12 @@ OVERRIDES = (
 MAX_PICTURES = 32
 
 
-def overrides(config: Config, num_images: int) -> list[str]:
-    """The key=value overrides that turn the config of a run into that of the check."""
-    return [*OVERRIDES, f"train.batch_size={min(num_images, config.train.batch_size)}"]
+def overrides(config: Config, num_images: int, given: Sequence[str]) -> list[str]:
+    """The key=value overrides that turn the config of a run into that of the check; those `given` win."""
+    own = [*OVERRIDES, f"train.batch_size={min(num_images, config.train.batch_size)}"]
+    if any(override.startswith("train.epochs=") for override in given):
+        own.remove(STEPS)
+    return [*own, *given]
 
 
 def overfit(config: Config, folder: Path, *, num_images: int, process: Process) -> bool:
@@ -74,7 +78,10 @@ def overfit(config: Config, folder: Path, *, num_images: int, process: Process) 
     config = config.model_copy(update={"data": config.data.model_copy(update={"val": config.data.train})})
     every = build.load_train_data(config).without_empty()
     data = every.only(np.random.default_rng(config.seed).permutation(len(every))[:num_images].tolist())
-    with opened_run(folder, resume=False), RunLog(folder, start_step=0, num_steps=build.num_steps(config, 1)) as log:
+    with (
+        opened_run(folder, resume=False),
+        RunLog(folder, start_step=0, num_steps=build.num_steps(config, len(data))) as log,
+    ):
         write_text(folder / "config.yaml", dump_config(config))
         return Overfitting(config, folder, data, process, log).run()
 
@@ -226,7 +233,7 @@ class Overfitting:
 
     def verdict(self, step: int, fitted: bool, findings: Sequence[Finding]) -> str:
         """What it all means, for the end of the log."""
-        ap = f"AP {100 * self.metrics['AP']:.1f} after {step} steps"
+        ap = f"AP {100 * self.metrics['AP']:.1f} after {step} of {self.num_steps} steps"
         if fitted:
             return (
                 f"learned by heart: {ap}. Model, losses, labels and evaluation fit together; what is left to find out "

@@ -9,7 +9,7 @@ import torch
 from fpn_det import build
 from fpn_det.config import load_config
 from fpn_det.engine.coco_eval import GroundTruth, read_ground_truth
-from fpn_det.overfit import anchor_shapes, ground_truth
+from fpn_det.overfit import anchor_shapes, ground_truth, overrides
 
 QUICK = [
     "train.steps=160",
@@ -94,6 +94,14 @@ def test_its_ground_truth_is_what_the_evaluation_reads(tiny, shapes):
     picked = data.only([5, 2])
     assert picked.image_ids.tolist() == data.image_ids[[2, 5]].tolist()
     assert torch.equal(picked.boxes, torch.cat([data.targets(2)[0], data.targets(5)[0]]))
+
+
+def test_what_the_command_line_says_wins(tiny):
+    config = load_config(Path(tiny[1]), tiny[2:])
+    for given, steps, epochs in ([], 400, None), (["train.epochs=3"], None, 3), (["train.steps=7"], 7, None):
+        check = load_config(Path(tiny[1]), overrides(config, 2, given))
+        assert (check.train.steps, check.train.epochs, check.train.batch_size) == (steps, epochs, 2)
+        assert check.optim.schedule == "cosine"
 
 
 def test_shapes_of_anchors(tiny):

@@ -80,7 +80,7 @@ def main() -> None:
                 raise InputError(f"--overfit {args.overfit}: must be at least 1; 8 is common")
             if args.resume or args.profile:
                 raise InputError("--overfit starts anew each time: leave out --resume and --profile")
-            config = load_config(args.config, [*overrides(config, args.overfit), *args.overrides])
+            config = load_config(args.config, overrides(config, args.overfit, args.overrides))
         if args.print_config:
             print(dump_config(config), end="")
             return
