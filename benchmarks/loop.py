@@ -64,7 +64,7 @@ def ours(case: Case, device: torch.device, *, overrides: tuple[str, ...] = ()) -
             skipped=SkippedSteps(limit=20),
             note_unreadable=lambda image_ids: None,
             save=lambda step: None,
-            evaluate=lambda step: None,
+            evaluate=lambda step: False,
             precision="bf16" if case.precision == "bf16" else "fp32",
         )
         runner.data_wait = scalars["speed/data_wait_share"]

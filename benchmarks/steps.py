@@ -28,7 +28,7 @@ from fpn_det.data.loader import collate
 from fpn_det.engine.checkpoint import save_checkpoint
 from fpn_det.engine.distributed import Process
 from fpn_det.engine.optim import RunningStatistics, step_if
-from fpn_det.engine.train import Window, gradient_norms, step_seed, trained_parts
+from fpn_det.engine.train import Window, gradient_norms, grouped, step_seed, trained_parts
 from fpn_det.models.faster_rcnn import DetectionModel
 from fpn_det.structures import Batch, Sample
 from fpn_det.weights.read import WeightFile
@@ -160,7 +160,7 @@ def ours(case: Case, device: torch.device, *, overrides: Sequence[str] = ()) -> 
             losses, stats = model(batch.to(device, non_blocking=True))
             loss = torch.stack(list(losses.values())).sum()
         (loss * torch.where(loss.detach().isfinite(), 1.0, torch.nan)).backward()
-        window.add(batch, {"loss": loss, **losses, **stats})
+        window.add(batch, grouped(loss, losses, stats))
         part_norms = gradient_norms(parts, device)
         grad_norm = part_norms.norm()
         finite = grad_norm.isfinite()

@@ -127,7 +127,18 @@ def check_num_classes(config: Config, categories: Categories) -> Categories:
 
 
 def check_norms(config: Config) -> None:
-    """Refuse to train layers that start at random under frozen batch norm, which would never normalise them."""
+    """Refuse to train layers that start at random under frozen batch norm, which would never normalise them.
+
+    With `model.weights`, which layers those are shows when it is loaded. A batch norm that is trained must have an eps.
+    """
+    backbone = config.model.backbone
+    if backbone.norm_eps == 0 and backbone.norm in ("bn", "sync_bn") and backbone.frozen_stages < 5:
+        raise InputError(
+            f"model.backbone.norm_eps is 0, under which norm {backbone.norm} cannot be trained: remove the key, or set "
+            "model.backbone.norm to frozen_bn"
+        )
+    if config.model.weights is not None:
+        return
     neck, head = config.model.neck, config.model.roi_head.box_head
     frozen = {
         "model.neck.norm": isinstance(neck, FpnConfig | PafpnConfig) and neck.norm == "frozen_bn",
@@ -163,14 +174,20 @@ def load_proposals(path: Path | None) -> FixedProposals | None:
 
 
 def build_train_loader(
-    config: Config, data: CocoAnnotations, *, start_step: int = 0, process: Process | None = None
+    config: Config,
+    data: CocoAnnotations,
+    *,
+    start_step: int = 0,
+    process: Process | None = None,
+    transform: TestTransform | None = None,
 ) -> DataLoader[Sample]:
     """The endless stream of training batches of this process, from `start_step` on.
 
+    What happens to the images is `transform`, by default the augmentation that the config describes.
     With `data.on_error: drop`, images that cannot be read are replaced and named in `Batch.unreadable`.
     """
     process = process or Process()
-    transform = TrainTransform(
+    augment = TrainTransform(
         short_sides=config.data.short_sides,
         long_side=config.data.long_side,
         horizontal_flip=config.data.horizontal_flip,
@@ -196,7 +213,7 @@ def build_train_loader(
     return make_loader(
         DetectionDataset(
             data,
-            transform,
+            transform or augment,
             load_proposals(config.data.train.proposals),
             on_unreadable="replace" if config.data.on_error == "drop" else "fail",
         ),
@@ -321,14 +338,15 @@ def build_model(config: Config, num_classes: int, *, pretrained: bool) -> Detect
     Args:
         config: what to build.
         num_classes: K, from the data set or a checkpoint.
-        pretrained: whether to load `model.backbone.weights`; a checkpoint that is loaded next makes that needless.
+        pretrained: whether to load `model.backbone.weights`; a checkpoint that is loaded next, such as
+            `model.weights`, makes that needless.
 
     Raises:
         InputError: the backbone weights cannot be had or do not fit.
     """
     model = config.model
     weights = None
-    if pretrained and model.backbone.weights is not None:
+    if pretrained and model.weights is None and model.backbone.weights is not None:
         weights = read_classifier(model.backbone.name, model.backbone.weights)
     backbone = build_backbone(config)
     neck = build_neck(config, backbone)

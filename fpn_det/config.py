@@ -85,7 +85,8 @@ class BackboneConfig(Section):
     ] = "resnet50"
     """Torchvision's name of the body; resnet26 (bottlenecks 2-2-2-2) and resnext101_32x4d have no weights there."""
     weights: Annotated[str, Field(min_length=1)] | None = "IMAGENET1K_V1"
-    """Torchvision's name of pretrained weights, the path of a local .pth file, or none to start from scratch."""
+    """Torchvision's name of pretrained weights, the path of a local .pth file, or none to start from scratch; not read
+    where `model.weights` is given."""
     norm: Norm = "frozen_bn"
     """Normalisation: batch norm with frozen statistics, trained, synchronised over processes, or group norm."""
     norm_eps: NonNegative = 1e-5
@@ -96,22 +97,9 @@ class BackboneConfig(Section):
     """Stride in the first 1x1 convolution of a stage instead of the 3x3, as the weights of MSRA expect."""
 
     @model_validator(mode="after")
-    def _scratch_can_learn(self) -> Self:
-        reasons = []
-        if self.weights is None and self.norm == "frozen_bn":
-            reasons.append(
-                "weights is none and norm is frozen_bn, whose identity statistics would never normalise:"
-                " set norm to bn, sync_bn or gn, or give weights"
-            )
-        if self.weights is None and self.frozen_stages > 0:
-            reasons.append(
-                f"weights is none and frozen_stages is {self.frozen_stages}, which would freeze random layers:"
-                " set frozen_stages to 0, or give weights"
-            )
+    def _stride_has_a_place(self) -> Self:
         if self.stride_in_1x1 and self.name in ("resnet18", "resnet34"):
-            reasons.append(f"stride_in_1x1 is true, but the blocks of {self.name} have no 1x1 convolution: remove it")
-        if reasons:
-            raise ValueError("; ".join(reasons))
+            raise ValueError(f"stride_in_1x1 is true, but the blocks of {self.name} have no 1x1 convolution: remove it")
         return self
 
 
@@ -400,6 +388,9 @@ class ModelConfig(Section):
 
     kind: Literal["faster_rcnn", "rpn", "fast_rcnn"] = "faster_rcnn"
     """Both stages, the region proposal network alone, or the second stage alone on proposals from a file."""
+    weights: Path | None = None
+    """Checkpoint of a whole detector that training starts from, written by training or tools/import_weights.py. Rows of
+    classes with the same names are kept; what does not fit is initialised, and a table in the log says which."""
     num_classes: Count | None = None
     """Classes without background; none takes the count from the data set, a number must agree with it."""
     pixel_mean: tuple[Intensity, Intensity, Intensity] = (123.675, 116.28, 103.53)
@@ -418,6 +409,30 @@ class ModelConfig(Section):
     """The region proposal network."""
     roi_head: AnyRoiHeadConfig = RoiHeadConfig()
     """The second stage."""
+
+    @field_validator("weights")
+    @classmethod
+    def _expand_home(cls, value: Path | None) -> Path | None:
+        return value and value.expanduser()
+
+    @model_validator(mode="after")
+    def _scratch_can_learn(self) -> Self:
+        body, reasons = self.backbone, []
+        if self.weights is not None or body.weights is not None:
+            return self
+        if body.norm == "frozen_bn":
+            reasons.append(
+                "backbone.weights is none and backbone.norm is frozen_bn, whose identity statistics would never"
+                " normalise: set backbone.norm to bn, sync_bn or gn, or give weights"
+            )
+        if body.frozen_stages > 0:
+            reasons.append(
+                f"backbone.weights is none and backbone.frozen_stages is {body.frozen_stages}, which would freeze"
+                " random layers: set backbone.frozen_stages to 0, or give weights"
+            )
+        if reasons:
+            raise ValueError("; ".join(reasons))
+        return self
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
@@ -623,7 +638,10 @@ class EvalConfig(Section):
     every: NonNegativeInt | None = None
     """Steps between two evaluations; none is a tenth of the run, at most 5000; 0 evaluates only at the end."""
     tensorboard_images: NonNegativeInt = 8
-    """Validation images with their detections written to TensorBoard at each evaluation."""
+    """Validation images with ground truth and detections written to TensorBoard at each evaluation, and training images
+    as the model sees them, of the first step."""
+    tensorboard_classes: bool = False
+    """Write the AP of each class to TensorBoard and log.jsonl at each evaluation, too: as many curves as classes."""
     tta: TtaConfig | None = None
     """Test-time augmentation of tools/eval.py and tools/predict.py; none looks at each image once, as training does
     in any case. A section with all defaults is `tta: {}`."""

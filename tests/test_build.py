@@ -110,6 +110,13 @@ def test_random_layers_are_not_trained_under_frozen_norms(config, override: str,
     build.build_model(config, 5, pretrained=False)  # to evaluate an imported one
 
 
+def test_a_batch_norm_without_eps_is_not_trained(config):
+    eps = "model.backbone.norm_eps=0"
+    with pytest.raises(InputError, match=r"^model\.backbone\.norm_eps is 0, under which norm bn cannot be trained"):
+        build.load_train_data(config(eps))
+    build.load_train_data(config(eps, "model.weights=detector.pth", "model.backbone.norm=frozen_bn"))
+
+
 def test_train_loader_resumes_and_shares_out(config):
     options = config("train.accumulate=2", "train.batch_size=8")
     whole = keys(options, 12)

@@ -15,6 +15,7 @@ from fpn_det.config import (
     BackboneConfig,
     Config,
     DataConfig,
+    ModelConfig,
     Section,
     SplitConfig,
     TrainConfig,
@@ -79,7 +80,7 @@ def test_every_section_is_frozen_and_described():
 def test_python_construction_keeps_the_rules():
     assert DataConfig(val=SplitConfig(images=Path("a"), annotations=Path("b"))).val.images == Path("a")
     with pytest.raises(ValidationError, match="would never normalise"):
-        BackboneConfig(weights=None, frozen_stages=0)
+        ModelConfig(backbone=BackboneConfig(weights=None, frozen_stages=0))
     with pytest.raises(ValidationError, match="exclude each other"):
         TrainConfig(steps=3, epochs=1)
 
@@ -454,15 +455,16 @@ def test_override_that_is_not_yaml():
 
 def test_scratch_needs_a_norm_that_learns_and_no_frozen_stage():
     (both,) = problems("model: {backbone: {weights: none}}")
-    assert both.startswith("f.yaml: model.backbone: weights is none and norm is frozen_bn")
-    assert "set norm to bn, sync_bn or gn, or give weights" in both
-    assert "set frozen_stages to 0, or give weights" in both
+    assert both.startswith("f.yaml: model: backbone.weights is none and backbone.norm is frozen_bn")
+    assert "set backbone.norm to bn, sync_bn or gn, or give weights" in both
+    assert "set backbone.frozen_stages to 0, or give weights" in both
     (norm,) = problems("model: {backbone: {weights: none, frozen_stages: 0}}")
     assert "frozen_stages" not in norm
     (stages,) = problems("model: {backbone: {weights: none, norm: gn}}")
     assert "frozen_stages is 2, which would freeze random layers" in stages
     assert "norm" not in stages
     parse_config("model: {backbone: {weights: none, norm: gn, frozen_stages: 0}}", source="f")
+    parse_config("model: {weights: detector.pth, backbone: {weights: none}}", source="f")  # nothing starts at random
 
 
 def test_all_problems_at_once_each_with_its_source():
@@ -479,7 +481,7 @@ def test_all_problems_at_once_each_with_its_source():
 def test_contradiction_between_the_sources_names_both():
     text = "model: {backbone: {weights: none, norm: bn, frozen_stages: 0}}"
     (problem,) = problems(text, "model.backbone.norm=frozen_bn")
-    assert problem.startswith("f.yaml and command line: model.backbone: weights is none")
+    assert problem.startswith("f.yaml and command line: model: backbone.weights is none")
 
 
 @pytest.mark.parametrize(

@@ -16,10 +16,11 @@ import pytest
 import torch
 from PIL import Image
 from pycocotools.coco import COCO
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 
 from fpn_det import build
-from fpn_det.config import load_config
+from fpn_det.config import dump_config, load_config
 from fpn_det.data.shapes import CATEGORIES
 from fpn_det.engine.checkpoint import load_checkpoint, save_checkpoint
 from fpn_det.engine.coco_eval import METRIC_NAMES, PROPOSAL_METRIC_NAMES
@@ -75,7 +76,7 @@ def assert_same_outcome(folder: Path, expected: Path) -> None:
     for name in ("predictions.json", "metrics.json"):
         assert (folder / name).read_bytes() == (expected / name).read_bytes()
     losses, expected_losses = (
-        {r["step"]: r["train/loss"] for r in records(f) if "train/loss" in r} for f in (folder, expected)
+        {r["step"]: r["loss/total"] for r in records(f) if "loss/total" in r} for f in (folder, expected)
     )
     assert losses == expected_losses
     steps = [(r["step"], "val/AP" in r) for r in records(folder)]
@@ -110,9 +111,11 @@ def test_run_folder(finished, tiny, shapes):
     assert metrics["step"] == 8
     assert all(-1 <= metrics[name] <= 1 for name in METRIC_NAMES)
 
-    training = [r for r in records(finished) if "train/loss" in r]
+    training = [r for r in records(finished) if "loss/total" in r]
     assert [r["step"] for r in training] == [1, 2, 3, 4, 5, 6, 7, 8]
-    assert {"train/lr", "train/grad_norm", "train/rpn_box", "speed/images_per_s"} <= training[0].keys()
+    assert {"train/lr", "train/grad_norm", "train/rpn_positives", "loss/rpn_box", "speed/images_per_s"} <= training[
+        0
+    ].keys()
     validation = [r for r in records(finished) if "val/AP" in r]
     assert [r["step"] for r in validation] == [4, 8]
     assert validation[-1]["val/AP50"] == metrics["AP50"]
@@ -123,6 +126,30 @@ def test_run_folder(finished, tiny, shapes):
     found = truth.loadRes(str(finished / "predictions.json"))
     assert set(found.getImgIds()) <= set(truth.getImgIds())
     assert len(found.anns) > 8
+
+
+def curves(folder: Path) -> EventAccumulator:
+    return EventAccumulator(str(folder / "tensorboard"), size_guidance={"images": 0, "tensors": 0}).Reload()
+
+
+def test_tensorboard_has_groups_and_pictures(finished):
+    events = curves(finished)
+    scalars = set(events.Tags()["scalars"])
+    losses = {"total", "rpn_objectness", "rpn_box", "roi_class", "roi_box"}
+    assert {name for name in scalars if name.startswith("loss/")} == {f"loss/{name}" for name in losses}
+    assert {name for name in scalars if name.startswith("val/")} == {f"val/{name}" for name in METRIC_NAMES}
+    assert {"train/lr", "train/grad_norm", "train/rpn_positives", "train/roi_positives"} <= scalars
+    assert {"speed/images_per_s", "speed/eta_h", "speed/data_wait_share", "memory/host_peak_gib"} <= scalars
+    assert {name.partition("/")[0] for name in scalars} == {"loss", "train", "speed", "memory", "val"}  # no classes
+    assert set(events.Tags()["images"]) == {"images/train/0", "images/val/0"}
+    assert [e.step for e in events.Images("images/val/0")] == [4, 8]
+    augmented, compared = events.Images("images/train/0")[0], events.Images("images/val/0")[0]
+    assert min(augmented.width, augmented.height) == 320 + 16  # 48 pixels, enlarged by 7
+    assert compared.width > 2 * 320  # ground truth beside detections
+    [text] = [event.tensor_proto.string_val[0].decode() for event in events.Tensors("config/text_summary")]
+    assert "".join(line.removeprefix("    ") for line in text.splitlines(keepends=True)) == dump_config(
+        load_config(finished / "config.yaml")
+    )
 
 
 def test_console_output(finished):
@@ -159,6 +186,22 @@ def test_resuming_equals_the_straight_run(tool, tiny, finished, tmp_path, num_wo
     assert (outcome.code, outcome.err) == (0, "")
     assert "resuming at step 4 of 8 steps" in outcome.out
     assert_same_outcome(tmp_path, finished)
+
+
+def test_resuming_continues_the_curves_and_may_add_those_of_classes(tool, tiny, finished, tmp_path):
+    for name in ("step_00000004.pth", "log.jsonl"):
+        shutil.copy(finished / name, tmp_path)
+    shutil.copytree(finished / "tensorboard", tmp_path / "tensorboard")
+    options = [*RUN, "eval.tensorboard_classes=true", "--resume", "--output-dir", tmp_path]
+    assert tool("train", *tiny, *options).code == 0
+    events, before = curves(tmp_path), curves(finished)
+    for name in ("loss/total", "train/lr", "val/AP"):
+        assert [(e.step, e.value) for e in events.Scalars(name)] == [(e.step, e.value) for e in before.Scalars(name)]
+    assert [e.step for e in events.Images("images/train/0")] == [1]
+    classes = {name for name in events.Tags()["scalars"] if name.startswith("val_classes/")}
+    assert classes == {f"val_classes/{name}" for name in CATEGORIES}
+    of_class = json.loads((tmp_path / "metrics.json").read_text())["per_class"]["circle"]["AP"]
+    assert [(e.step, e.value) for e in events.Scalars("val_classes/circle")] == [(8, pytest.approx(of_class))]
 
 
 @pytest.mark.parametrize(("number", "num_workers"), [(signal.SIGTERM, 0), (signal.SIGINT, 1)])
@@ -268,7 +311,7 @@ def test_short_number_formats_train(tool, tiny, finished, tmp_path, precision):
     options = [*tiny, f"train.precision={precision}", "train.steps=40", "train.max_skipped=0", "eval.every=0"]
     outcome = tool("train", *options, "--output-dir", tmp_path)
     assert outcome.code == 0, outcome.err
-    losses = [r["train/loss"] for r in records(tmp_path) if "train/loss" in r]
+    losses = [r["loss/total"] for r in records(tmp_path) if "loss/total" in r]
     assert len(losses) > 20
     assert sum(losses[-5:]) < 0.9 * sum(losses[:5])
     state = load_checkpoint(tmp_path / "step_00000040.pth")
@@ -303,7 +346,7 @@ def test_resume_without_a_run_starts_one_in_the_named_folder(tool, tiny, tmp_pat
     assert "bf16" in outcome.out
     folder = tmp_path / "runs/mine"
     assert (folder / "metrics.json").exists()
-    assert all(math.isfinite(r["train/loss"]) for r in records(folder) if "train/loss" in r)
+    assert all(math.isfinite(r["loss/total"]) for r in records(folder) if "loss/total" in r)
     assert all(v.dtype != torch.bfloat16 for v in load_checkpoint(folder / "final.pth")["model"].values())
 
 

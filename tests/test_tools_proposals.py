@@ -145,9 +145,9 @@ def test_a_second_stage_trains_and_detects_on_them(tool, tiny, fast_rcnn, traine
     outcome = tool("train", *fast_rcnn, "--output-dir", folder)
     assert (outcome.code, outcome.err) == (0, "")
     logged = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    losses = [r for r in logged if "train/loss" in r]
+    losses = [r for r in logged if "loss/total" in r]
     assert len(losses) == 8
-    assert "train/roi_box" in losses[0]
+    assert "loss/roi_box" in losses[0]
     assert not any("rpn" in key for key in losses[0])
 
     outcome = tool("eval", *fast_rcnn, "--checkpoint", folder / "final.pth", "--output-dir", tmp_path / "eval")

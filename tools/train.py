@@ -1,18 +1,23 @@
 """Train a detector.
 
     python tools/train.py --config configs/r50_fpn.yaml [--output-dir D] [--resume] [--profile] [key=value ...]
+    python tools/train.py --config configs/r50_fpn.yaml --overfit 8
     torchrun --nproc-per-node 8 tools/train.py --config configs/r50_fpn.yaml
 
 Writes to runs/NAME (or D): config.yaml, data_report.json, log.txt, log.jsonl, tensorboard/, checkpoints,
 predictions.json and metrics.json; diagnosis.json if training diverged. SIGINT and SIGTERM save a checkpoint and exit
 with code 0; --resume goes on from the newest one that is whole. `torchrun --max-restarts N` goes on by itself when a
 process is lost.
+
+--overfit N is a check: it trains on the same N images until their AP exceeds 0.9 (exit code 0), or says which stage
+fails, with numbers and the way out (exit code 1). It writes to runs/NAME_overfit.
 """
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, nullcontext
 from datetime import timedelta
 from pathlib import Path
@@ -28,8 +33,6 @@ from fpn_det.data.coco import CocoAnnotations
 from fpn_det.data.loader import explain_unreadable
 from fpn_det.data.problems import format_problems
 from fpn_det.data.report import write_report
-from fpn_det.data.transforms import load_image
-from fpn_det.draw import draw_comparison
 from fpn_det.engine import checkpoint, run_folder
 from fpn_det.engine.coco_eval import (
     METRIC_NAMES,
@@ -37,22 +40,24 @@ from fpn_det.engine.coco_eval import (
     GroundTruth,
     Metrics,
     ProposalMetrics,
-    ScoredBoxes,
     format_proposal_table,
     format_table,
     write_results,
 )
 from fpn_det.engine.diagnosis import SkippedSteps
 from fpn_det.engine.distributed import Process, launched_process
-from fpn_det.engine.evaluate import View, from_coco_results
+from fpn_det.engine.evaluate import View
 from fpn_det.engine.optim import MovingAverage
 from fpn_det.engine.precision import loss_scaler
 from fpn_det.engine.profile import StepProfiler
 from fpn_det.engine.runlog import RunLog
 from fpn_det.engine.train import train
 from fpn_det.files import write_text
+from fpn_det.finetune import load_start_weights
 from fpn_det.models.faster_rcnn import DetectionModel
-from fpn_det.structures import InputError
+from fpn_det.overfit import overfit, overrides
+from fpn_det.snapshots import draw_training, draw_validation
+from fpn_det.structures import Batch, InputError
 
 
 def main() -> None:
@@ -63,15 +68,27 @@ def main() -> None:
     parser.add_argument(
         "--profile", action="store_true", help="profile ten steps: the top operators in the log, trace.json.gz"
     )
+    parser.add_argument(
+        "--overfit", type=int, metavar="N", help="train on N images until AP > 0.9, or say why that fails"
+    )
     parser.add_argument("--print-config", action="store_true", help="print the resolved config and exit")
     args = parser.parse_intermixed_args()
     with user_errors():
         config = load_config(args.config, args.overrides)
+        if args.overfit is not None:
+            if args.overfit < 1:
+                raise InputError(f"--overfit {args.overfit}: must be at least 1; 8 is common")
+            if args.resume or args.profile:
+                raise InputError("--overfit starts anew each time: leave out --resume and --profile")
+            config = load_config(args.config, overrides(config, args.overfit, args.overrides))
         if args.print_config:
             print(dump_config(config), end="")
             return
         folder = args.output_dir or Path("runs") / config.name
         with launched_process(timeout=timedelta(minutes=config.runtime.timeout_minutes)) as process:
+            if args.overfit is not None:
+                folder = args.output_dir or folder.with_name(f"{folder.name}_overfit")
+                sys.exit(0 if overfit(config, folder, num_images=args.overfit, process=process) else 1)
             run(config, folder, resume=args.resume, profile=args.profile, process=process)
 
 
@@ -104,6 +121,9 @@ def train_on(
     num_steps = build.num_steps(config, len(train_data))
     torch.manual_seed(config.seed)
     model = build.build_model(config, len(categories), pretrained=state is None)
+    origin = ""
+    if state is None and config.model.weights is not None:
+        origin = load_start_weights(config, model, categories)
     build.place(config, model, process.device)
     optimizer = build.build_optimizer(config, model)
     scaler = loss_scaler(process.device, config.train.precision)
@@ -150,7 +170,10 @@ def train_on(
                 log.message(format_problems(data.problems))
         if between:
             log.message(f"images of both splits:\n{format_problems(between)}")
+        log.text(start_step, "config", dump_config(config))
         log.message(describe(config, model, train_data, num_steps, start_step, process))
+        if origin:
+            log.message(origin)
         if state is not None:
             log.message(what_changed(state, config, stream) or "nothing has changed since that checkpoint")
             state.clear()  # the weights need not be in memory twice
@@ -180,23 +203,24 @@ def train_on(
                 checkpoint.save_checkpoint(run_folder.step_path(folder, step), weights_for_use(step) | resumable)
                 run_folder.prune_checkpoints(folder, config.train.keep_checkpoints)
 
-        def evaluate_at(step: int) -> None:
+        def evaluate_at(step: int) -> bool:
             process.share_buffers(detector)
             if proposals_only:
                 recalls = build.evaluate_model_proposals(config, detector, val_loader, truth, process=process)
                 if recalls is not None:
                     record(step, recalls, PROPOSAL_METRIC_NAMES, format_proposal_table(recalls))
-                return
+                return False
             views = [View(batches=val_loader)]
             evaluated = build.evaluate_model(config, detector, views, truth, categories, process=process)
             if evaluated is None:
-                return
+                return False
             metrics, results = evaluated
             record(step, metrics, METRIC_NAMES, format_table(metrics))
             for index in pictures:
-                log.image(step, f"val/{index}", draw_validation(val_data, index, results))
+                log.image(step, f"images/val/{index}", draw_validation(val_data, index, results))
             if step == num_steps:
                 write_results(folder / "predictions.json", results)
+            return False
 
         def record(step: int, metrics: Metrics | ProposalMetrics, names: Sequence[str], table: str) -> None:
             nonlocal best_value
@@ -207,12 +231,21 @@ def train_on(
             if numbers[headline] > best_value:
                 best_value = numbers[headline]
                 checkpoint.save_checkpoint(best, weights_for_use(step) | {headline: best_value})
-            log.scalars(
-                step, {f"val/{name}": numbers[name] for name in names}
-            )  # which says that this step is evaluated
+            scalars = {f"val/{name}": numbers[name] for name in names}
+            if config.eval.tensorboard_classes:
+                scalars |= {f"val_classes/{name}": of["AP"] for name, of in numbers.get("per_class", {}).items()}
+            log.scalars(step, scalars)  # which says that this step is evaluated
             if step == num_steps:
                 checkpoint.save_checkpoint(folder / "final.pth", weights_for_use(step))
                 log.write_json("metrics.json", numbers)
+
+        def shown_first(batches: Iterable[Batch]) -> Iterator[Batch]:
+            for i, batch in enumerate(batches):
+                if i == 0 and start_step == 0:
+                    for index in range(min(config.eval.tensorboard_images, len(batch.images))):
+                        picture = draw_training(batch, index, categories.names)
+                        log.image(1, f"images/train/{index}", picture)
+                yield batch
 
         def note_unreadable(image_ids: list[int]) -> None:
             lines = unreadable.note(image_ids)
@@ -232,7 +265,7 @@ def train_on(
             with StepProfiler(folder, log) if profile and process.is_main else nullcontext() as profiler:
                 done = train(
                     model,
-                    build.build_train_loader(config, train_data, start_step=start_step, process=process),
+                    shown_first(build.build_train_loader(config, train_data, start_step=start_step, process=process)),
                     optimizer=optimizer,
                     scaler=scaler,
                     lr_at=build.build_schedule(config, num_steps),
@@ -336,19 +369,6 @@ def changes(before: str, after: str) -> str:
     """The lines that differ between two configs."""
     lines = difflib.unified_diff(before.splitlines(), after.splitlines(), "then", "now", lineterm="", n=0)
     return "\n".join(line for line in lines if line.startswith(("-", "+")))
-
-
-def draw_validation(data: CocoAnnotations, index: int, results: ScoredBoxes) -> torch.Tensor:
-    """Ground truth and detections of one validation image, side by side."""
-    h, w = data.sizes[index].tolist()
-    of_image = results.image_ids == int(data.image_ids[index])
-    detections = from_coco_results(results[of_image], data.categories)
-    boxes, labels = data.targets(index)
-    try:
-        image = load_image(data.path(index), (h, w))
-    except InputError:  # the evaluation has said so
-        image = torch.zeros(3, h, w, dtype=torch.uint8)
-    return draw_comparison(image, detections, boxes, labels, data.categories.names)
 
 
 if __name__ == "__main__":

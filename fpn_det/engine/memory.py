@@ -1,13 +1,24 @@
-"""Running out of memory, said in terms of what can be changed."""
+"""How much memory a process took, and running out of it, said in terms of what can be changed."""
 
 from __future__ import annotations
 
+import resource
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 
 from fpn_det.structures import Batch, InputError
+
+
+def peak_memory_gib(device: torch.device) -> dict[str, float]:
+    """The most that this process, without its loader workers, had at once: of the `host`'s memory, of the `gpu`'s."""
+    unit = 1 if sys.platform == "darwin" else 2**10  # getrusage(2): bytes there, KiB elsewhere
+    peak = {"host": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30}
+    if device.type == "cuda":
+        peak["gpu"] = torch.cuda.max_memory_allocated(device) / 2**30
+    return peak
 
 
 @contextmanager

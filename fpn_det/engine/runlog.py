@@ -1,5 +1,8 @@
 """What a run tells: lines on the console, `log.txt` and `log.jsonl` in its folder, TensorBoard.
 
+Scalars have a group, which is a section of TensorBoard's page: `loss/`, `train/`, `speed/`, `memory/`, `val/` and, if
+asked for, `val_classes/`; pictures are in `images/train/` and `images/val/`.
+
 Only the main process writes. Control characters in what is told are escaped, because names may come from any file.
 On a terminal, steps appear as a progress bar; elsewhere as plain lines.
 """
@@ -27,6 +30,14 @@ from tqdm import tqdm
 
 from fpn_det.files import write_errors, write_json, write_text
 from fpn_det.structures import InputError, printable
+
+ELSEWHERE = ("speed/eta_h",)
+"""Scalars that a line of the console says in another way."""
+
+
+def short_name(name: str) -> str:
+    """Of a scalar, for one line of many: without its group; the total loss is `loss`."""
+    return "loss" if name == "loss/total" else name.rpartition("/")[2]
 
 
 class RunLog:
@@ -90,14 +101,14 @@ class RunLog:
         self.scalars(step, scalars)
         if self.folder is None:
             return
-        shown = " ".join(f"{k.split('/')[-1]} {v:.4g}" for k, v in scalars.items())
+        shown = " ".join(f"{short_name(k)} {v:.4g}" for k, v in scalars.items() if k not in ELSEWHERE)
         line = f"step {step}/{self.num_steps} eta {eta} {shown}"
         with write_errors(self.folder / "log.txt"):
             print(line, file=self._text, flush=True)
         if not self._is_terminal:
             with suppress(OSError):
                 print(line, flush=True)
-        loss = scalars.get("train/loss", math.nan)  # missing if all steps were skipped
+        loss = scalars.get("loss/total", math.nan)  # missing if all steps were skipped
         self._bar.set_postfix_str(f"loss {loss:.3f}, {scalars['speed/images_per_s']:.1f} images/s")
 
     def advance(self) -> None:
@@ -118,6 +129,13 @@ class RunLog:
         if self.folder is not None:
             with write_errors(self.folder / "tensorboard"):
                 self._events.add(step, [summary.image(name, image, dataformats="CHW")])
+
+    def text(self, step: int, name: str, text: str) -> None:
+        """Record a text in TensorBoard, which shows it as it is."""
+        if self.folder is not None:
+            with write_errors(self.folder / "tensorboard"):
+                as_code = "".join(f"    {line}\n" for line in text.splitlines())  # else it is read as Markdown
+                self._events.add(step, [summary.text(name, as_code)])
 
     def write_json(self, name: str, content: Any) -> None:
         """Write a file of the run's folder."""
@@ -167,7 +185,7 @@ def _drop_records(path: Path, *, start_step: int, num_steps: int) -> list[dict[s
     for line in path.read_text(errors="replace").splitlines():
         try:
             record = json.loads(line)
-            again = record["step"] > start_step or (record["step"] == num_steps and "train/loss" not in record)
+            again = record["step"] > start_step or (record["step"] == num_steps and "loss/total" not in record)
         except (ValueError, TypeError, KeyError):  # torn when the machine went down
             continue
         if not again:

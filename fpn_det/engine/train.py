@@ -18,11 +18,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fpn_det.engine.diagnosis import Diverged, FailedStep, SkippedSteps, merged
 from fpn_det.engine.distributed import Process
-from fpn_det.engine.memory import explained_memory_errors
+from fpn_det.engine.memory import explained_memory_errors, peak_memory_gib
 from fpn_det.engine.optim import MovingAverage, RunningStatistics, step_if
 from fpn_det.engine.precision import Precision, autocast
 from fpn_det.engine.profile import StepProfiler
-from fpn_det.engine.runlog import RunLog
+from fpn_det.engine.runlog import RunLog, short_name
 from fpn_det.structures import Batch
 
 
@@ -41,7 +41,7 @@ def train(
     skipped: SkippedSteps,
     note_unreadable: Callable[[list[int]], None],
     save: Callable[[int], None],
-    evaluate: Callable[[int], None],
+    evaluate: Callable[[int], bool],
     accumulate: int = 1,
     precision: Precision = "fp32",
     clip_norm: float | None = None,
@@ -51,7 +51,7 @@ def train(
     save_every: int = 5000,
     evaluate_every: int = 0,
 ) -> int:
-    """Train from `start_step` to `num_steps`, or until a signal asks to stop.
+    """Train from `start_step` to `num_steps`, or until a signal or `evaluate` asks to stop.
 
     A step whose loss or gradient is not finite in any process changes no weight, no moment and no running statistic. It
     is counted in `skipped`.
@@ -71,7 +71,8 @@ def train(
             end the run by an `InputError`.
         save: called with the number of steps done, in every process, every `save_every` steps, before evaluations and
             before stopping.
-        evaluate: called likewise every `evaluate_every` steps (0: never) but not at the end; saving comes first.
+        evaluate: called likewise every `evaluate_every` steps (0: never) but not at the end; saving comes first. The
+            training ends there if it returns True, in all processes.
         accumulate: micro-batches per step.
         precision: of the forward pass.
         clip_norm: upper bound of the gradient's norm.
@@ -80,7 +81,7 @@ def train(
         log_every: steps between two log records.
 
     Returns:
-        The number of steps done; less than `num_steps` after SIGINT or SIGTERM.
+        The number of steps done; less than `num_steps` after SIGINT or SIGTERM, or if `evaluate` ended it.
 
     Raises:
         Diverged: too many steps were skipped.
@@ -132,7 +133,7 @@ def train(
                         # A loss that is not finite makes the whole gradient so: then every process sees it.
                         weight = torch.where(loss.detach().isfinite(), 1 / accumulate, torch.nan)
                         scaler.scale(loss * weight).backward()
-                window.add(batch, {"loss": loss, **losses, **stats})
+                window.add(batch, grouped(loss, losses, stats))
             loss_scale = scaler.scale(torch.ones((), device=device))
             scaler.unscale_(optimizer)
             part_norms = gradient_norms(parts, device)
@@ -173,10 +174,10 @@ def train(
                     process.from_main(partial(judge, process.gather(failed)))
                 if skipped.count:
                     scalars["train/skipped_steps"] = skipped.count
-                if "train/loss" in scalars:
-                    skipped.note(done, loss=scalars["train/loss"], grad_norm=scalars["train/grad_norm"])
-                eta = format_seconds((num_steps - done) * scalars["speed/s_per_step"])
-                log.training(done, {**scalars, "train/lr": lr}, eta=eta)
+                if "loss/total" in scalars:
+                    skipped.note(done, loss=scalars["loss/total"], grad_norm=scalars["train/grad_norm"])
+                eta = (num_steps - done) * scalars["speed/s_per_step"]
+                log.training(done, {**scalars, "train/lr": lr, "speed/eta_h": eta / 3600}, eta=format_seconds(eta))
             with profiler.paused() if profiler is not None and (saving or evaluating) else nullcontext():
                 if saving:
                     process.doing("saving")
@@ -185,7 +186,8 @@ def train(
                     return done
                 if evaluating:
                     process.doing("evaluating")
-                    evaluate(done)
+                    if evaluate(done):
+                        return done
                     window.restart()
     return num_steps
 
@@ -225,6 +227,12 @@ def trained_parts(model: nn.Module) -> dict[str, list[nn.Parameter]]:
         if parameter.requires_grad:
             parts.setdefault(name.partition(".")[0], []).append(parameter)
     return parts
+
+
+def grouped(loss: Tensor, losses: dict[str, Tensor], stats: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The scalars of a micro-batch under their names in the log, by groups of curves: `loss/total`, `train/..`."""
+    parts = {f"loss/{name}": value for name, value in losses.items()}
+    return {"loss/total": loss, **parts, **{f"train/{name}": value for name, value in stats.items()}}
 
 
 def gradient_norms(parts: dict[str, list[nn.Parameter]], device: torch.device) -> Tensor:
@@ -300,13 +308,12 @@ class Window:
         num_values = len(self._names)
         if num_finite:
             means = [total / num_finite for total in totals]
-            scalars = {f"train/{name}": mean for name, mean in zip(self._names, means[:num_values], strict=True)}
+            scalars = dict(zip(self._names, means[:num_values], strict=True))
             scalars["train/grad_norm"] = means[num_values]
         scalars["speed/images_per_s"] = self._num_images * process.world_size / elapsed
         scalars["speed/s_per_step"] = elapsed / len(self._rows)
         scalars["speed/data_wait_share"] = self._waited / elapsed
-        if process.device.type == "cuda":
-            scalars["speed/peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
+        scalars |= {f"memory/{where}_peak_gib": peak for where, peak in peak_memory_gib(process.device).items()}
         failed = self._failed(rows) if num_finite < len(self._rows) else []
         self.restart()
         return scalars, failed, unreadable
@@ -315,7 +322,7 @@ class Window:
         failed = []
         for (step, lr, batches), (finite, loss_scale, *values) in zip(self._steps, rows.tolist(), strict=True):
             if not finite:
-                losses = dict(zip(self._names, values, strict=False))
+                losses = dict(zip(map(short_name, self._names), values, strict=False))
                 norms = dict(zip(self.norm_names, values[len(self._names) :], strict=True))
                 failed.append(
                     FailedStep(

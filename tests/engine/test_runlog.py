@@ -22,7 +22,7 @@ def run(folder: Path, *, start_step: int, num_steps: int = 6, until: int, valida
     with RunLog(folder, start_step=start_step, num_steps=num_steps) as log:
         for step in range(start_step + 1, until + 1):
             log.advance()
-            log.training(step, {"train/loss": float(step), **SPEED}, eta="0:00:01")
+            log.training(step, {"loss/total": float(step), **SPEED}, eta="0:00:01")
             if step in validated:
                 log.scalars(step, {"val/AP": step / 10})
 
@@ -30,14 +30,14 @@ def run(folder: Path, *, start_step: int, num_steps: int = 6, until: int, valida
 def test_records_text_and_console(tmp_path, capsys):
     with RunLog(tmp_path, start_step=0, num_steps=6) as log:
         log.message("hello")
-        log.training(2, {"train/loss": 1.25, **SPEED}, eta="0:00:07")
+        log.training(2, {"loss/total": 1.25, **SPEED}, eta="0:00:07")
         log.image(2, "val/0", torch.zeros(3, 8, 8, dtype=torch.uint8))
     line = "step 2/6 eta 0:00:07 loss 1.25 images_per_s 8"
     assert capsys.readouterr().out.splitlines() == ["hello", line]
     assert (tmp_path / "log.txt").read_text().splitlines() == ["hello", line]
-    assert records(tmp_path) == [{"step": 2, "train/loss": 1.25, "speed/images_per_s": 8.0}]
+    assert records(tmp_path) == [{"step": 2, "loss/total": 1.25, "speed/images_per_s": 8.0}]
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
-    assert [(e.step, e.value) for e in events.Scalars("train/loss")] == [(2, 1.25)]
+    assert [(e.step, e.value) for e in events.Scalars("loss/total")] == [(2, 1.25)]
     assert events.Tags()["images"] == ["val/0"]
 
 
@@ -66,7 +66,7 @@ def test_other_processes_write_nothing(tmp_path, monkeypatch, capsys):
     with RunLog(None, start_step=0, num_steps=6) as log:
         log.message("hello")
         log.advance()
-        log.training(1, {"train/loss": 1.0, **SPEED}, eta="")
+        log.training(1, {"loss/total": 1.0, **SPEED}, eta="")
         log.scalars(1, {"val/AP": 0.5})
         log.image(1, "val/0", torch.zeros(3, 8, 8, dtype=torch.uint8))
     assert not list(tmp_path.iterdir())
@@ -88,16 +88,16 @@ def test_resuming_replaces_the_records_after_the_checkpoint(tmp_path):
         (6, False),
     ]
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
-    assert [e.step for e in events.Scalars("train/loss")] == [1, 2, 3, 4, 5, 6]
+    assert [e.step for e in events.Scalars("loss/total")] == [1, 2, 3, 4, 5, 6]
     assert [e.step for e in events.Scalars("val/AP")] == [3]
 
 
 def test_torn_records_of_a_crash_are_left_out(tmp_path):
     path = tmp_path / "log.jsonl"
-    path.write_bytes(b'{"step": 1, "train/loss": 2.0}\n\0\0\0}\n[1]\n{"step": "x"}\n{"step": 2, "train/lo')
+    path.write_bytes(b'{"step": 1, "loss/total": 2.0}\n\0\0\0}\n[1]\n{"step": "x"}\n{"step": 2, "train/lo')
     with RunLog(tmp_path, start_step=1, num_steps=4) as log:
-        assert log.kept == [{"step": 1, "train/loss": 2.0}]
-    assert path.read_text() == '{"step": 1, "train/loss": 2.0}\n'
+        assert log.kept == [{"step": 1, "loss/total": 2.0}]
+    assert path.read_text() == '{"step": 1, "loss/total": 2.0}\n'
 
 
 def full_disk(monkeypatch, log: RunLog) -> None:
@@ -111,7 +111,7 @@ def test_a_full_disk_is_one_clear_error(tmp_path, monkeypatch):
     with pytest.raises(InputError, match=r"log\.txt: cannot be written \(No space left on device\)"):
         log.message("hello")
     with pytest.raises(InputError, match=r"log\.jsonl: cannot be written \(No space left on device\)"):
-        log.scalars(1, {"train/loss": 1.0})
+        log.scalars(1, {"loss/total": 1.0})
     with pytest.raises(InputError, match="cannot be written"):  # what is still in a buffer
         log.__exit__(None, None, None)
 
@@ -132,7 +132,7 @@ def test_evaluating_a_finished_run_again_replaces_its_last_record(tmp_path):
         log.scalars(6, {"val/AP": 0.7})
     validations = [(r["step"], r["val/AP"]) for r in records(tmp_path) if "val/AP" in r]
     assert validations == [(3, 0.3), (6, 0.7)]
-    assert [r["step"] for r in records(tmp_path) if "train/loss" in r] == [1, 2, 3, 4, 5, 6]
+    assert [r["step"] for r in records(tmp_path) if "loss/total" in r] == [1, 2, 3, 4, 5, 6]
 
 
 def test_a_longer_run_keeps_the_last_evaluation(tmp_path):

@@ -69,6 +69,10 @@ class Run:
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=1.0, momentum=momentum)
         self.calls: list[tuple[str, int]] = []
 
+    def evaluate(self, step: int) -> bool:
+        self.calls.append(("evaluate", step))
+        return False
+
     def __call__(self, batches: Iterator[Batch], *, log_folder: Path | None = None, **options) -> int:
         num_steps, start = options.pop("num_steps", 6), options.pop("start_step", 0)
         options = {"lr_at": lambda step: 1e-4, "log_every": 1, "save_every": 1000, "seed": 0} | options
@@ -85,8 +89,7 @@ class Run:
                 scaler=self.scaler,
                 skipped=self.skipped,
                 note_unreadable=lambda image_ids: None,
-                evaluate=lambda step: self.calls.append(("evaluate", step)),
-                **options,
+                **{"evaluate": self.evaluate} | options,
             )
 
 
@@ -102,8 +105,8 @@ def test_one_step_is_plain_sgd(tmp_path):
     assert run(stream(2), num_steps=1, lr_at=lambda step: 0.25, log_folder=tmp_path) == 1
     assert torch.equal(run.model.weight, (twin.weight - 0.25 * twin.weight.grad).detach())
     [record] = records(tmp_path)
-    assert record["train/loss"] == pytest.approx(losses["fit"].item())
-    assert record["train/fit"] == pytest.approx(losses["fit"].item())
+    assert record["loss/total"] == pytest.approx(losses["fit"].item())
+    assert record["loss/fit"] == pytest.approx(losses["fit"].item())
     assert record["train/grad_norm"] == pytest.approx(twin.weight.grad.norm().item())
     assert record["train/lr"] == 0.25
 
@@ -266,9 +269,9 @@ def test_a_step_that_is_not_finite_changes_nothing(tmp_path, value, accumulate, 
     assert run.skipped.count == 2
     assert not torch.equal(run.model.weight, Toy().weight)
     [first, second, third, fourth] = records(tmp_path / "4")
-    assert "train/loss" not in first
+    assert "loss/total" not in first
     assert [r["train/skipped_steps"] for r in (first, second, third, fourth)] == [1, 1, 2, 2]
-    assert math.isfinite(fourth["train/loss"])
+    assert math.isfinite(fourth["loss/total"])
     text = (tmp_path / "4" / "log.txt").read_text()
     assert f"step 1 skipped: fit is {value}" in text
     assert "images 0, 1, 2, 3)" in text
@@ -356,12 +359,18 @@ def test_out_of_memory_says_what_to_lower():
         Run(Huge())(stream(2))
 
 
+def test_an_evaluation_may_end_the_training():
+    run = Run()
+    assert run(stream(2), num_steps=6, evaluate_every=2, evaluate=lambda step: step == 4) == 4
+    assert run.calls == [("save", 2), ("save", 4)]
+
+
 def test_window_means():
     window = Window(["total"])
 
     def step(value: float, finite: bool = True) -> None:
         for part in (value - 1, value + 1):
-            window.add(batch_of([0, 1]), {"loss": torch.tensor(part)})
+            window.add(batch_of([0, 1]), {"loss/total": torch.tensor(part)})
         rest = {"norms": torch.tensor([value + 2]), "finite": torch.tensor(finite), "loss_scale": torch.tensor(1.0)}
         window.end_step(7, lr=0.1, **rest)
 
@@ -371,15 +380,15 @@ def test_window_means():
     step(math.nan, finite=False)
     scalars, [failed], unreadable = window.close(Process())
     assert unreadable is None
-    assert (scalars["train/loss"], scalars["train/grad_norm"]) == (3.0, 5.0)
+    assert (scalars["loss/total"], scalars["train/grad_norm"]) == (3.0, 5.0)
     assert scalars["speed/images_per_s"] * scalars["speed/s_per_step"] == pytest.approx(4)
     assert (failed.step, failed.lr, failed.image_ids()) == (7, 0.1, [0, 1, 0, 1])
     assert all(len(batch.images.untyped_storage()) == 0 for batch in failed.batches)  # pixels are not kept
     step(7.0)
-    window.add(replace(batch_of([3]), unreadable=torch.tensor([9, 4, 9])), {"loss": torch.tensor(7.0)})
+    window.add(replace(batch_of([3]), unreadable=torch.tensor([9, 4, 9])), {"loss/total": torch.tensor(7.0)})
     step(7.0)
     scalars, failures, unreadable = window.close(Process())
-    assert (scalars["train/loss"], failures) == (7.0, [])  # nothing left over
+    assert (scalars["loss/total"], failures) == (7.0, [])  # nothing left over
     assert unreadable == [4, 9]
 
 
@@ -428,7 +437,7 @@ def test_four_images_are_learned_by_heart(shapes, tiny, tmp_path):
             skipped=SkippedSteps(limit=0),
             note_unreadable=lambda image_ids: None,
             save=lambda step: None,
-            evaluate=lambda step: None,
+            evaluate=lambda step: False,
             clip_norm=10,
             log_every=50,
         )

@@ -39,7 +39,7 @@ def losses(folder: Path) -> dict[int, float]:
     steps = Counter((r["step"], "val/AP" in r) for r in records)
     assert set(steps.values()) == {1}  # none missing, none twice
     assert sum(is_evaluation for _, is_evaluation in steps) == NUM_STEPS // 40
-    return {r["step"]: r["train/loss"] for r in records if "train/loss" in r}
+    return {r["step"]: r["loss/total"] for r in records if "loss/total" in r}
 
 
 def test_twenty_kills_and_five_stops(options, tmp_path, show: Show):

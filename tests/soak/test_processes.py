@@ -28,7 +28,7 @@ def options(tiny, tmp_path) -> list[str]:
 def losses(folder: Path) -> dict[int, float]:
     """The loss of each step, none missing and none twice."""
     records = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    found = [(r["step"], r["train/loss"]) for r in records if "train/loss" in r]
+    found = [(r["step"], r["loss/total"]) for r in records if "loss/total" in r]
     assert [step for step, _ in found] == list(range(1, NUM_STEPS + 1))
     return dict(found)
 
