@@ -28,6 +28,9 @@ ERROR_KINDS: tuple[ErrorKind, ...] = ("Cls", "Loc", "Both", "Dupe", "Bkg", "Miss
 NUM_BINS = 10
 """Of the calibration."""
 
+SCORE_GRID = np.linspace(0, 1, 51)
+"""Thresholds of `ScoreCurves`."""
+
 _IOU_50, _IOU_75 = 0, 5  # indices in the IoU thresholds
 _BACKGROUND_IOU = 0.1  # below it, TIDE says that a detection touches nothing
 _SIZE_EDGES = (0.0, 16.0, 32.0, 64.0, 96.0, 192.0, 384.0, np.inf)  # sqrt(area); 32 and 96 are COCO's
@@ -50,6 +53,21 @@ class Threshold:
     precision: float
     recall: float
     f1: float
+
+
+@dataclass(frozen=True, slots=True)
+class ScoreCurves:
+    """What detections of at least each score of `SCORE_GRID` reach at IoU 0.5; shorter if no scores are as high.
+
+    Attributes:
+        precision: 0..1.
+        recall: 0..1.
+        f1: 0..1.
+    """
+
+    precision: list[float]
+    recall: list[float]
+    f1: list[float]
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +99,7 @@ class ClassAnalysis:
         best: the threshold with the highest F1; None without ground truth or detections.
         precision50: (R,) interpolated precision at IoU 0.5; empty without ground truth.
         precision75: the same at IoU 0.75.
+        by_score: precision, recall and F1 over the threshold.
     """
 
     name: str
@@ -92,6 +111,7 @@ class ClassAnalysis:
     best: Threshold | None
     precision50: list[float]
     precision75: list[float]
+    by_score: ScoreCurves
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,6 +206,7 @@ class Analysis:
         precision50: (R,) interpolated precision at IoU 0.5, mean over the classes; empty without ground truth.
         precision75: the same at IoU 0.75.
         precision: the same, mean over all IoU thresholds.
+        by_score: precision, recall and F1 of all detections over the threshold.
         confusion: (K + 1, K + 1) counts, rows ground truth, columns detections, the last one background.
         confusions: pairs of different classes, the most frequent first.
         calibration_error: expected calibration error, 0..1; None without detections, or if scores lie outside 0..1.
@@ -208,6 +229,7 @@ class Analysis:
     precision50: list[float]
     precision75: list[float]
     precision: list[float]
+    by_score: ScoreCurves
     confusion: list[list[int]]
     confusions: list[Confusion]
     calibration_error: float | None
@@ -256,9 +278,8 @@ def analyse(
     evaluator = hotcoco_evaluator(truth, results, limits=[limit])
     matches = find_matches(evaluator, num_results=len(results), num_boxes=len(truth.boxes))
     num_boxes = int((~truth.crowd).sum())
-    threshold = best_threshold(
-        results.scores[matches.counted], matches.correct[matches.counted], num_boxes=num_boxes
-    ) or Threshold(score=0.5, precision=0.0, recall=0.0, f1=0.0)
+    scores, correct = results.scores[matches.counted], matches.correct[matches.counted]
+    threshold = best_threshold(scores, correct, num_boxes=num_boxes) or Threshold(0.5, 0.0, 0.0, 0.0)
     precision = evaluator.eval["precision"][:, :, :, 0, -1]  # (T, R, K)
     confusion = confusion_matrix(truth, results, matches, score_thresh=threshold.score)
     calibration_error, bins = calibration(evaluator, results)
@@ -275,6 +296,7 @@ def analyse(
         precision50=_mean_curve(precision[[_IOU_50]]),
         precision75=_mean_curve(precision[[_IOU_75]]),
         precision=_mean_curve(precision),
+        by_score=curves_over_scores(scores, correct, num_boxes=num_boxes),
         confusion=confusion.tolist(),
         confusions=_confusions(truth, confusion),
         calibration_error=calibration_error,
@@ -331,6 +353,21 @@ def best_threshold(
         precision=float(num_correct[i] / num_kept[i]),
         recall=float(num_correct[i] / num_boxes),
         f1=float(f1[i]),
+    )
+
+
+def curves_over_scores(scores: NDArray[np.floating[Any]], correct: NDArray[np.bool_], *, num_boxes: int) -> ScoreCurves:
+    """Precision, recall and F1 over the threshold; arguments as in `best_threshold`."""
+    order = np.argsort(scores, kind="stable")
+    num_kept = len(scores) - np.searchsorted(scores[order], SCORE_GRID)
+    num_kept = num_kept[num_kept > 0]
+    if num_boxes == 0 or len(num_kept) == 0:
+        return ScoreCurves([], [], [])
+    num_correct = np.cumsum(correct[order][::-1])[num_kept - 1]
+    return ScoreCurves(
+        precision=(num_correct / num_kept).tolist(),
+        recall=(num_correct / num_boxes).tolist(),
+        f1=(2 * num_correct / (num_kept + num_boxes)).tolist(),
     )
 
 
@@ -481,6 +518,7 @@ def _classes(
     analyses = []
     for k, name in enumerate(truth.names):
         own = matches.counted & (classes == k)
+        scores, correct = results.scores[own], matches.correct[own]
         curves = precision[[_IOU_50, _IOU_75], :, k] if num_boxes[k] else np.zeros((2, 0))
         analyses.append(
             ClassAnalysis(
@@ -490,9 +528,10 @@ def _classes(
                 ap=metrics["per_class"][name]["AP"],
                 ap50=metrics["per_class"][name]["AP50"],
                 ar=metrics["per_class"][name]["AR100"],
-                best=best_threshold(results.scores[own], matches.correct[own], num_boxes=num_boxes[k]),
+                best=best_threshold(scores, correct, num_boxes=num_boxes[k]),
                 precision50=curves[0].tolist(),
                 precision75=curves[1].tolist(),
+                by_score=curves_over_scores(scores, correct, num_boxes=num_boxes[k]),
             )
         )
     return analyses
