@@ -387,6 +387,11 @@ def load_detector(config: Config, path: Path, device: torch.device) -> tuple[Det
         InputError: the checkpoint cannot be read, or is of other classes or another architecture than the config.
     """
     state = load_checkpoint(path)
+    return build_detector(config, state, path, device), state
+
+
+def build_detector(config: Config, state: State, path: Path, device: torch.device) -> DetectionModel:
+    """The detector of a checkpoint that was read from `path`; `load_detector` reads it, too."""
     num_classes = len(check_num_classes(config, checkpoint_categories(state)))
     model = build_model(config, num_classes, pretrained=False)
     load_weights(model, best_weights(state), path)
@@ -395,7 +400,7 @@ def load_detector(config: Config, path: Path, device: torch.device) -> tuple[Det
         for module in model.modules():
             if isinstance(module, nn.Conv2d | nn.Linear):
                 module.to(DTYPES[config.train.precision])
-    return place(config, model.eval(), device), state
+    return place(config, model.eval(), device)
 
 
 def build_backbone(config: Config) -> ResNet:

@@ -17,10 +17,16 @@ from fpn_det.data.loader import worker_errors
 from fpn_det.structures import InputError, printable
 
 
-def config_parser(description: str | None) -> argparse.ArgumentParser:
-    """A parser with `--config` and `key=value` overrides; with `parse_intermixed_args` they may stand anywhere."""
+def config_parser(description: str | None, *, required: bool = True) -> argparse.ArgumentParser:
+    """A parser with `--config` and `key=value` overrides; with `parse_intermixed_args` they may stand anywhere.
+
+    Args:
+        description: what --help says.
+        required: whether `--config` is; else it is by default the one in the checkpoint.
+    """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", type=Path, required=True, help="YAML file, see configs/")
+    default = "" if required else "; by default that of the checkpoint"
+    parser.add_argument("--config", type=Path, required=required, help=f"YAML file, see configs/{default}")
     parser.add_argument(
         "overrides", nargs="*", metavar="key=value", help="values that replace those of the file, as in optim.lr=0.01"
     )

@@ -35,7 +35,8 @@ nav a { text-decoration: none; }
 nav a:hover { text-decoration: underline; }
 section { padding: 1.5rem 0; border-bottom: 1px solid var(--line); }
 footer { padding: 1rem; }
-.cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(6.6rem, 1fr)); gap: .6rem; margin: .8rem 0; }
+.cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(30%, 10.6rem), 1fr)); gap: .6rem;
+  margin: .8rem 0; }
 .card { padding: .6rem .8rem; border-radius: .5rem; background: var(--card); }
 .card dt { color: var(--soft); font-size: .85rem; }
 .card dd { margin: 0; font-size: 1.35rem; font-variant-numeric: tabular-nums; }

@@ -20,7 +20,7 @@ from fpn_det.structures import printable
 BLUE, ORANGE, GREEN, RED, PURPLE, SKY = "#0072b2", "#e69f00", "#009e73", "#d55e00", "#cc79a7", "#56b4e9"
 """Okabe and Ito's colours (https://jfly.uni-koeln.de/color/), which colour-blind readers tell apart."""
 
-_TEXT, _GRID = "#3a4149", "#d4d9de"
+_TEXT, _PALE, _GRID = "#3a4149", "#9aa4ae", "#d4d9de"
 _COLORS = (BLUE, ORANGE, GREEN, RED, PURPLE, SKY)
 _MAX_NAME = 22  # letters of a name on an axis
 
@@ -64,6 +64,21 @@ def horizontal_bars(values: Mapping[str, float], *, x_label: str, color: str = B
     axes.invert_yaxis()
     axes.grid(axis="y", visible=False)
     axes.set_xlim(min(0, *values.values()), max(1, *values.values()) * 1.15)
+    _labels(axes, x_label, "")
+    return _png(figure)
+
+
+def intervals(rows: Sequence[tuple[str, float, float, float]], *, x_label: str) -> bytes:
+    """A point and its interval for each (name, value, low, high), the first on top; pale where 0 is inside."""
+    figure, axes = _figure(6.0, 0.9 + 0.34 * max(1, len(rows)))
+    axes.axvline(0, color=_TEXT, linewidth=1)
+    for i, (_, value, low, high) in enumerate(rows):
+        color = BLUE if low > 0 or high < 0 else _PALE
+        axes.plot([low, high], [i, i], color=color, linewidth=3, solid_capstyle="round")
+        axes.plot([value], [i], color=color, marker="o", markersize=7)
+    axes.set_yticks(range(len(rows)), [_name(name) for name, *_ in rows], parse_math=False)
+    axes.invert_yaxis()
+    axes.grid(axis="y", visible=False)
     _labels(axes, x_label, "")
     return _png(figure)
 

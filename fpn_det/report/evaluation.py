@@ -57,7 +57,7 @@ _METRIC_NOTES = {
     "ARm": "32² to 96²",
     "ARl": "above 96²",
 }
-_ERRORS: dict[ErrorKind, tuple[str, str, str]] = {
+ERRORS: dict[ErrorKind, tuple[str, str, str]] = {
     "Cls": (
         "wrong class",
         "detections that lie on an object (IoU 0.5 or more) and name another class",
@@ -93,6 +93,7 @@ _ERRORS: dict[ErrorKind, tuple[str, str, str]] = {
         "rare classes need more images.",
     ),
 }
+"""TIDE's error types: how they are called, what they are, and what helps."""
 
 
 def write_report(
@@ -165,7 +166,7 @@ def draw_charts(analysis: Analysis) -> dict[str, bytes]:
     if analysis.num_boxes:
         costs = sorted(analysis.errors, key=lambda e: -e.cost)
         drawn["errors"] = charts.horizontal_bars(
-            {_ERRORS[e.kind][0]: 100 * e.cost for e in costs}, x_label="points of AP50 that these errors cost"
+            {ERRORS[e.kind][0]: 100 * e.cost for e in costs}, x_label="points of AP50 that these errors cost"
         )
         drawn["precision_recall"] = charts.lines(
             {
@@ -243,12 +244,12 @@ def _overview(analysis: Analysis) -> Section:
 def _errors(analysis: Analysis, drawn: Mapping[str, bytes]) -> Section:
     costs = sorted(analysis.errors, key=lambda e: -e.cost)
     sentences = [
-        f"{_ERRORS[e.kind][0].capitalize()} costs {100 * e.cost:.1f} AP50: {e.count:,} {_ERRORS[e.kind][1]}. "
-        f"{_ERRORS[e.kind][2]}"
+        f"{ERRORS[e.kind][0].capitalize()} costs {100 * e.cost:.1f} AP50: {e.count:,} {ERRORS[e.kind][1]}. "
+        f"{ERRORS[e.kind][2]}"
         for e in costs
         if e.cost >= 0.0005
     ]
-    rows: list[Row] = [[_ERRORS[e.kind][0], _ERRORS[e.kind][1], percent(e.cost), number(e.count, 0)] for e in costs]
+    rows: list[Row] = [[ERRORS[e.kind][0], percent(e.cost), number(e.count, 0), ERRORS[e.kind][1]] for e in costs]
     body: list[str | Html] = []
     if "errors" in drawn:
         body.append(
@@ -257,7 +258,7 @@ def _errors(analysis: Analysis, drawn: Mapping[str, bytes]) -> Section:
                 Html("".join(map(paragraph, sentences or ["No error costs a tenth of a point."]))),
             )
         )
-    body.append(table(["error", "what it is", "cost in AP50", "count"], rows, label="error types"))
+    body.append(table(["error", "cost in AP50", "count", "what it is"], rows, label="error types"))
     return Section(
         "What costs AP",
         body,
@@ -381,7 +382,7 @@ def _calibration(analysis: Analysis, drawn: Mapping[str, bytes]) -> Section:
 def _size_and_shape(analysis: Analysis, drawn: Mapping[str, bytes]) -> Section:
     body: list[str | Html] = []
     for title, name, first, slices in (
-        ("By size", "size", "square root of the area", analysis.by_size),
+        ("By size", "size", "size", analysis.by_size),
         ("By shape", "aspect", "width : height", analysis.by_aspect),
     ):
         content = table([first, "boxes", "AP", "AP50", "AR", "recall at 0.5"], _slice_rows(slices), label=first)
@@ -390,7 +391,8 @@ def _size_and_shape(analysis: Analysis, drawn: Mapping[str, bytes]) -> Section:
     return Section(
         "Size and shape",
         body,
-        "In percent, mean of the classes that have such boxes. Sizes are those of the image files, before resizing.",
+        "In percent, mean of the classes that have such boxes. Size is the square root of the area, in pixels of the "
+        "image file.",
     )
 
 

@@ -107,25 +107,63 @@ def _mistakes(
         pixels = read_image(image.image_id)
     except InputError as error:
         return str(error)
-    place = int(np.searchsorted(truth.image_ids, image.image_id))
-    gt = [int(i) for i in np.flatnonzero(truth.images == place) if not truth.crowd[i]]
-    found = np.flatnonzero((results.image_ids == image.image_id) & (results.scores >= score_thresh))
-    found = found[np.argsort(results.scores[found], kind="stable")]
-    gt_boxes = [
-        DrawnBox(truth.boxes[i], names.gt(i), WRONG if i in image.missed else RIGHT)
-        for i in sorted(gt, key=lambda i: i in image.missed)
-    ]
-    found_boxes = [
-        DrawnBox(results.boxes[i], names.detection(results, i), WRONG if i in image.false else RIGHT)
-        for i in sorted(found.tolist(), key=lambda i: i in image.false)
-    ]
+    gt = _gt_boxes(truth, image.image_id, names, missed=image.missed)
+    found = _found_boxes(results, image.image_id, names, false=image.false, score_thresh=score_thresh)
     return compared(
         pixels,
         {
-            f"ground truth: {len(gt)}, missed {len(image.missed)}": gt_boxes,
-            f"detections: {len(found)}, false {len(image.false)}": found_boxes,
+            f"ground truth: {len(gt)}, missed {len(image.missed)}": gt,
+            f"detections: {len(found)}, false {len(image.false)}": found,
         },
     )
+
+
+def compare_image(
+    pixels: Tensor,
+    image_id: int,
+    truth: GroundTruth,
+    names: Names,
+    detectors: Mapping[str, tuple[Analysis, ScoredBoxes]],
+) -> bytes:
+    """Ground truth and what several detectors found side by side, as a JPEG file.
+
+    Args:
+        pixels: (3, H, W) uint8, the image.
+        image_id: its id.
+        truth: ground truth.
+        names: of images and classes.
+        detectors: title -> analysis, at whose threshold detections are shown, and detections.
+    """
+    gt = _gt_boxes(truth, image_id, names, missed=())
+    panels = {f"ground truth: {len(gt)}": gt}
+    for title, (analysis, results) in detectors.items():
+        mistakes = next((i for i in analysis.worst if i.image_id == image_id), ImageMistakes(image_id, [], []))
+        found = _found_boxes(results, image_id, names, false=mistakes.false, score_thresh=analysis.threshold.score)
+        summary = f"{len(found)}, missed {len(mistakes.missed)}, false {len(mistakes.false)}"
+        panels[f"{title}: {summary}"] = found
+    return compared(pixels, panels)
+
+
+def _gt_boxes(truth: GroundTruth, image_id: int, names: Names, *, missed: Sequence[int]) -> list[DrawnBox]:
+    """The boxes of an image, missed ones last."""
+    place = int(np.searchsorted(truth.image_ids, image_id))
+    boxes = np.flatnonzero((truth.images == place) & ~truth.crowd).tolist()
+    return [
+        DrawnBox(truth.boxes[i], names.gt(i), WRONG if i in missed else RIGHT)
+        for i in sorted(boxes, key=lambda i: i in missed)
+    ]
+
+
+def _found_boxes(
+    results: ScoredBoxes, image_id: int, names: Names, *, false: Sequence[int], score_thresh: float
+) -> list[DrawnBox]:
+    """The detections of an image from a score on, the weakest first, but false ones last."""
+    places = np.flatnonzero((results.image_ids == image_id) & (results.scores >= score_thresh))
+    places = places[np.argsort(results.scores[places], kind="stable")]
+    return [
+        DrawnBox(results.boxes[i], names.detection(results, i), WRONG if i in false else RIGHT)
+        for i in sorted(places.tolist(), key=lambda i: i in false)
+    ]
 
 
 def _why(image: ImageMistakes, results: ScoredBoxes, names: Names) -> str:

@@ -6,7 +6,7 @@ What is right is drawn in blue, what is wrong in vermilion, which colour-blind r
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -40,7 +40,7 @@ class DrawnBox:
     color: Color
 
 
-def compared(image: Tensor, panels: dict[str, Sequence[DrawnBox]]) -> bytes:
+def compared(image: Tensor, panels: Mapping[str, Sequence[DrawnBox]]) -> bytes:
     """The image once for each title, side by side, with different boxes.
 
     Args:
