@@ -48,7 +48,8 @@ def lines(
     if diagonal:
         axes.axline((0, 0), slope=1, color=_TEXT, linewidth=1, linestyle=":")
     for (name, (x, y)), color in zip(series.items(), cycle(_COLORS), strict=False):
-        axes.plot(x, y, label=_name(name), color=color, linewidth=2)
+        marker = "o" if np.size(x) == 1 else None  # which a line would not show
+        axes.plot(x, y, label=_name(name), color=color, linewidth=2, marker=marker)
     _labels(axes, x_label, y_label, x_range, y_range)
     _legend(axes)
     return _png(figure)

@@ -155,7 +155,8 @@ def number(value: float | None, digits: int = 1, *, signed: bool = False) -> Cel
     """A number for a table; '-' for None and NaN."""
     if value is None or math.isnan(value):
         return Cell("-", None)
-    return Cell(f"{value:{'+' if signed else ''},.{digits}f}", value)
+    rounded = round(value, digits) + 0.0  # no -0.0
+    return Cell(f"{rounded:{'+' if signed else ''},.{digits}f}", value)
 
 
 def percent(value: float | None, *, signed: bool = False) -> Cell:
