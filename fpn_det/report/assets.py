@@ -53,9 +53,9 @@ td:first-child { min-width: 7rem; }
 thead th { position: sticky; top: 0; background: var(--card); white-space: nowrap; }
 thead button { all: unset; cursor: pointer; }
 thead button:focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; }
-th[aria-sort] button::after { content: "\\2195"; margin-left: .3em; color: var(--soft); }
-th[aria-sort=ascending] button::after { content: "\\2191"; color: var(--accent); }
-th[aria-sort=descending] button::after { content: "\\2193"; color: var(--accent); }
+th[aria-sort] button::after { content: "\\2195" / ""; margin-left: .3em; color: var(--soft); }
+th[aria-sort=ascending] button::after { content: "\\2191" / ""; color: var(--accent); }
+th[aria-sort=descending] button::after { content: "\\2193" / ""; color: var(--accent); }
 tr.marked td { background: var(--mark); }
 label { display: block; margin: .6rem 0 .3rem; font-size: .9rem; color: var(--soft); }
 input, select { font: inherit; color: var(--text); background: var(--back); border: 1px solid var(--line);
