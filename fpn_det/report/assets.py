@@ -61,7 +61,7 @@ label { display: block; margin: .6rem 0 .3rem; font-size: .9rem; color: var(--so
 input, select { font: inherit; color: var(--text); background: var(--back); border: 1px solid var(--line);
   border-radius: .4rem; padding: .3rem .5rem; max-width: 100%; }
 figure { margin: .8rem 0; min-width: 0; }
-figcaption { margin-top: .2rem; unicode-bidi: plaintext; }
+figcaption { margin-top: .2rem; unicode-bidi: plaintext; white-space: pre-line; }
 .zoom { all: unset; display: block; cursor: zoom-in; max-width: 100%; }
 .zoom:focus-visible { outline: 3px solid var(--accent); outline-offset: 2px; }
 .zoom img { display: block; max-width: 100%; height: auto; border-radius: .4rem; background: #ffffff; }

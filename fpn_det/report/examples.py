@@ -194,7 +194,7 @@ def label_errors(
             continue
         body += [heading(f"{title}: {len(of_kind):,}"), explanation]
         if not isinstance(read_image, str):
-            body.append(grid(_crops(of_kind[:count], truth, results, names, read_image), width_px=180))
+            body.append(grid(_crops(of_kind[:count], truth, results, names, read_image), width_px=160))
         rows: list[Row] = [
             [names.image(s.image_id), _label_of(s, names), _detection_of(s, results, names), number(s.score, 3)]
             for s in of_kind[:MAX_ROWS]

@@ -215,7 +215,7 @@ def figure(data: bytes, *, alt: str, caption: str | Html = "", media: Media = "i
     below = f"<figcaption>{markup(caption)}</figcaption>" if caption else ""
     return Html(
         f'<figure><button class="zoom" type="button" aria-label="Enlarge: {markup(alt)}">'
-        f'<img decoding="async" alt="{markup(alt)}" src="data:{media};base64,{encoded}"></button>{below}</figure>'
+        f'<img alt="{markup(alt)}" src="data:{media};base64,{encoded}"></button>{below}</figure>'
     )
 
 
