@@ -29,7 +29,7 @@ from fpn_det.config import (
 )
 from fpn_det.data.checks import train_refusals, val_refusals
 from fpn_det.data.coco import CocoAnnotations, load_coco
-from fpn_det.data.loader import DetectionDataset, TestSampler, TrainSampler, make_loader
+from fpn_det.data.loader import DetectionDataset, TestSampler, TrainSampler, load_annotated, make_loader
 from fpn_det.data.problems import format_problems
 from fpn_det.data.proposals import FixedProposals, read_proposals
 from fpn_det.data.transforms import TestTransform, TrainTransform
@@ -166,6 +166,21 @@ def check_proposals(config: Config, split: Split) -> None:
             f"data.{split}.proposals is {given}, but model.kind {config.model.kind} makes its own proposals; remove "
             "the key, or set model.kind to fast_rcnn"
         )
+
+
+def image_reader(data: CocoAnnotations) -> Callable[[int], Tensor]:
+    """Reads images of a split by their ids: (3, H, W) uint8 RGB.
+
+    The function raises `InputError` for an image that cannot be read, or that was left out of the split.
+    """
+    places = {image_id: index for index, image_id in enumerate(data.image_ids.tolist())}
+
+    def read(image_id: int) -> Tensor:
+        if image_id not in places:
+            raise InputError(f"{data.source}: image {image_id} was left out; tools/check_data.py says why")
+        return load_annotated(data, places[image_id])
+
+    return read
 
 
 def load_proposals(path: Path | None) -> FixedProposals | None:

@@ -9,7 +9,8 @@ from __future__ import annotations
 import colorsys
 import math
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from itertools import count
 
 import numpy as np
 import torch
@@ -22,7 +23,7 @@ Color = tuple[int, int, int]
 
 _MIN_SIDE_PX = 320  # below this, text would hide the picture ..
 _MAX_SIDE_PX = 1280  # .. but a very long image is not enlarged beyond this
-_GAP_PX = 4  # between the two halves of a comparison
+_GAP_PX = 4  # between pictures side by side
 
 
 def class_color(label: int) -> Color:
@@ -161,17 +162,29 @@ def draw_comparison(
     )
     found = draw_detections(image, detections, class_names, score_thresh=score_thresh)
     num_found = int((detections.scores >= score_thresh).sum())
-    height, width = truth.shape[1:]
+    return side_by_side(
+        {f"ground truth: {len(gt_boxes)}": truth, f"detections >= {score_thresh:g}: {num_found}": found}
+    )
+
+
+def side_by_side(pictures: Mapping[str, Tensor]) -> Tensor:
+    """Pictures of one size beside each other, each under its title.
+
+    Args:
+        pictures: title -> (3, H, W) uint8, RGB.
+
+    Returns:
+        (3, H', W') uint8: their width together and the gaps, their height and that of the titles.
+    """
+    height, width = next(iter(pictures.values())).shape[1:]
     font = _font((width, height))
     strip_px = round(1.8 * font.size)
-    picture = Image.new("RGB", (2 * width + _GAP_PX, height + strip_px), "white")
+    step_px = width + _GAP_PX
+    picture = Image.new("RGB", (len(pictures) * step_px - _GAP_PX, height + strip_px), "white")
     draw = ImageDraw.Draw(picture)
-    for x, half, title in (
-        (0, truth, f"ground truth: {len(gt_boxes)}"),
-        (width + _GAP_PX, found, f"detections >= {score_thresh:g}: {num_found}"),
-    ):
-        picture.paste(Image.fromarray(half.permute(1, 2, 0).numpy()), (x, strip_px))
-        draw.text((x + font.size // 2, strip_px // 2), title, fill="black", font=font, anchor="lm")
+    for x, (title, part) in zip(count(0, step_px), pictures.items(), strict=False):
+        picture.paste(Image.fromarray(part.permute(1, 2, 0).numpy()), (x, strip_px))
+        draw.text((x + font.size // 2, strip_px // 2), printable(title), fill="black", font=font, anchor="lm")
     return _to_tensor(picture)
 
 

@@ -417,24 +417,47 @@ def read_ground_truth(path: Path) -> GroundTruth:
     )
 
 
+def hotcoco_evaluator(
+    truth: GroundTruth,
+    results: ScoredBoxes,
+    *,
+    limits: list[int],
+    ranges: NDArray[np.float64] | None = None,
+    result_areas: NDArray[np.float64] | None = None,
+) -> Any:
+    """hotcoco's evaluator after `evaluate` and `accumulate`, for the analyses that it offers.
+
+    Args:
+        truth: its boxes are numbered from 1 in their order, and so are images and classes, which are named by their
+            numbers.
+        results: numbered from 1 in their order.
+        limits: of detections per image and class, ascending.
+        ranges: (A, 2) first and last value of `areas` that counts, instead of COCO's four.
+        result_areas: (B,) what is compared with `ranges` of results that match nothing; by default their area.
+
+    Raises:
+        InputError: a result is malformed, or names an image or category that the ground truth lacks.
+    """
+    dataset, rows = _coco_form(truth, results, "results")
+    ground_truth = hotcoco.COCO(dataset)
+    detected = ground_truth.load_res(rows)
+    if result_areas is not None:
+        detected.update_anns(ids=np.arange(1, len(rows) + 1), area=result_areas)
+    evaluator = hotcoco.COCOeval(ground_truth, detected, "bbox")
+    evaluator.params.maxDets = limits
+    if ranges is not None:
+        evaluator.params.areaRng = ranges.tolist()
+        evaluator.params.areaRngLbl = [str(i) for i in range(len(ranges))]
+    evaluator.evaluate()
+    evaluator.accumulate()
+    return evaluator
+
+
 def _evaluate(
     truth: GroundTruth, found: ScoredBoxes, what: str, *, backend: Backend, limits: list[int]
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """COCOeval's precision (T, R, K, A, M) and recall (T, K, A, M) of the best `limits` per image and class."""
-    _check_scored_boxes(found, what)
-    images = _places(found.image_ids, truth.image_ids, f"{what}: %d image_id", truth.source)
-    classes = _places(found.category_ids, truth.category_ids, f"{what}: %d category_id", truth.source)
-    rows = np.column_stack([images + 1, found.boxes, found.scores, classes + 1])  # (B, 7) float64
-    columns = (truth.images + 1, truth.classes + 1, truth.boxes, truth.areas, truth.crowd.astype(np.int64))
-    dataset: dict[str, list[dict[str, Any]]] = {
-        "images": [{"id": i + 1} for i in range(len(truth.image_ids))],
-        # Not the names: hotcoco takes text of Unicode only, and JSON can hold lone surrogates.
-        "categories": [{"id": i + 1, "name": str(i + 1)} for i in range(len(truth.names))],
-        "annotations": [
-            {"id": i + 1, "image_id": image, "category_id": k, "bbox": box, "area": area, "iscrowd": crowd}
-            for i, (image, k, box, area, crowd) in enumerate(zip(*(c.tolist() for c in columns), strict=True))
-        ],
-    }
+    dataset, rows = _coco_form(truth, found, what)
     evaluator: Any
     with contextlib.redirect_stdout(io.StringIO()):  # pycocotools reports its progress
         match backend:
@@ -449,6 +472,27 @@ def _evaluate(
         evaluator.evaluate()
         evaluator.accumulate()
     return evaluator.eval["precision"], evaluator.eval["recall"]
+
+
+def _coco_form(
+    truth: GroundTruth, found: ScoredBoxes, what: str
+) -> tuple[dict[str, list[dict[str, Any]]], NDArray[np.float64]]:
+    """Ground truth as COCO's records, and boxes as the rows (B, 7) that `loadRes` takes; all ids from 1."""
+    _check_scored_boxes(found, what)
+    images = _places(found.image_ids, truth.image_ids, f"{what}: %d image_id", truth.source)
+    classes = _places(found.category_ids, truth.category_ids, f"{what}: %d category_id", truth.source)
+    rows = np.column_stack([images + 1, found.boxes, found.scores, classes + 1])  # (B, 7) float64
+    columns = (truth.images + 1, truth.classes + 1, truth.boxes, truth.areas, truth.crowd.astype(np.int64))
+    dataset: dict[str, list[dict[str, Any]]] = {
+        "images": [{"id": i + 1} for i in range(len(truth.image_ids))],
+        # Not the names: hotcoco takes text of Unicode only, and JSON can hold lone surrogates.
+        "categories": [{"id": i + 1, "name": str(i + 1)} for i in range(len(truth.names))],
+        "annotations": [
+            {"id": i + 1, "image_id": image, "category_id": k, "bbox": box, "area": area, "iscrowd": crowd}
+            for i, (image, k, box, area, crowd) in enumerate(zip(*(c.tolist() for c in columns), strict=True))
+        ],
+    }
+    return dataset, rows
 
 
 def _as_records(rows: NDArray[np.float64]) -> list[dict[str, Any]]:

@@ -7,13 +7,13 @@ STYLE = """
 :root {
   color-scheme: light dark;
   --back: #ffffff; --card: #f4f6f8; --text: #1b1f24; --soft: #57606a; --line: #d4d9de; --accent: #0067a8;
-  --mark: #fff3c4;
+  --mark: #fff3c4; --line0: #0072b2; --line1: #c26a00; --line2: #007f5c; --line3: #b0527f;
   font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "Noto Sans", sans-serif;
 }
 @media (prefers-color-scheme: dark) {
   :root {
     --back: #14171a; --card: #1f2429; --text: #e8eaed; --soft: #a5adb6; --line: #3a4149; --accent: #6cb8f0;
-    --mark: #4a3f12;
+    --mark: #4a3f12; --line0: #56b4e9; --line1: #e69f00; --line2: #2fbf94; --line3: #dd93bb;
   }
 }
 * { box-sizing: border-box; }
@@ -35,7 +35,8 @@ nav a { text-decoration: none; }
 nav a:hover { text-decoration: underline; }
 section { padding: 1.5rem 0; border-bottom: 1px solid var(--line); }
 footer { padding: 1rem; }
-.cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(6.6rem, 1fr)); gap: .6rem; margin: .8rem 0; }
+.cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(30%, 10.6rem), 1fr)); gap: .6rem;
+  margin: .8rem 0; }
 .card { padding: .6rem .8rem; border-radius: .5rem; background: var(--card); }
 .card dt { color: var(--soft); font-size: .85rem; }
 .card dd { margin: 0; font-size: 1.35rem; font-variant-numeric: tabular-nums; }
@@ -52,21 +53,26 @@ td:first-child { min-width: 7rem; }
 thead th { position: sticky; top: 0; background: var(--card); white-space: nowrap; }
 thead button { all: unset; cursor: pointer; }
 thead button:focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; }
-th[aria-sort] button::after { content: "\\2195"; margin-left: .3em; color: var(--soft); }
-th[aria-sort=ascending] button::after { content: "\\2191"; color: var(--accent); }
-th[aria-sort=descending] button::after { content: "\\2193"; color: var(--accent); }
+th[aria-sort] button::after { content: "\\2195" / ""; margin-left: .3em; color: var(--soft); }
+th[aria-sort=ascending] button::after { content: "\\2191" / ""; color: var(--accent); }
+th[aria-sort=descending] button::after { content: "\\2193" / ""; color: var(--accent); }
 tr.marked td { background: var(--mark); }
 label { display: block; margin: .6rem 0 .3rem; font-size: .9rem; color: var(--soft); }
 input, select { font: inherit; color: var(--text); background: var(--back); border: 1px solid var(--line);
   border-radius: .4rem; padding: .3rem .5rem; max-width: 100%; }
 figure { margin: .8rem 0; min-width: 0; }
-figcaption { margin-top: .2rem; unicode-bidi: plaintext; }
+figcaption { margin-top: .2rem; unicode-bidi: plaintext; white-space: pre-line; }
 .zoom { all: unset; display: block; cursor: zoom-in; max-width: 100%; }
 .zoom:focus-visible { outline: 3px solid var(--accent); outline-offset: 2px; }
 .zoom img { display: block; max-width: 100%; height: auto; border-radius: .4rem; background: #ffffff; }
 .chart { width: 100%; max-width: 40rem; height: auto; display: block; }
 .chart text { fill: var(--soft); font-size: 12px; }
 .chart .axis { stroke: var(--line); fill: none; }
+.chart polyline { fill: none; stroke-width: 2; stroke-linejoin: round; }
+.chart .line0 { stroke: var(--line0); } .chart .line1 { stroke: var(--line1); }
+.chart .line2 { stroke: var(--line2); } .chart .line3 { stroke: var(--line3); }
+.chart text.line0 { fill: var(--line0); stroke: none; } .chart text.line1 { fill: var(--line1); stroke: none; }
+.chart text.line2 { fill: var(--line2); stroke: none; } .chart text.line3 { fill: var(--line3); stroke: none; }
 .row { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 27rem), 1fr)); gap: 0 1.5rem;
   align-items: start; }
 .grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, var(--width)), 1fr)); gap: 1rem;

@@ -39,6 +39,10 @@ class Cell:
     value: float | None
 
 
+Row = Sequence[str | Html | Cell]
+"""Cells of a table from left to right."""
+
+
 @dataclass(frozen=True, slots=True)
 class Picture:
     """An image of a grid.
@@ -151,7 +155,8 @@ def number(value: float | None, digits: int = 1, *, signed: bool = False) -> Cel
     """A number for a table; '-' for None and NaN."""
     if value is None or math.isnan(value):
         return Cell("-", None)
-    return Cell(f"{value:{'+' if signed else ''},.{digits}f}", value)
+    rounded = round(value, digits) + 0.0  # no -0.0
+    return Cell(f"{rounded:{'+' if signed else ''},.{digits}f}", value)
 
 
 def percent(value: float | None, *, signed: bool = False) -> Cell:
@@ -161,7 +166,7 @@ def percent(value: float | None, *, signed: bool = False) -> Cell:
 
 def table(
     header: Sequence[str],
-    rows: Sequence[Sequence[str | Html | Cell]],
+    rows: Sequence[Row],
     *,
     label: str,
     filterable: bool = False,
@@ -210,7 +215,7 @@ def figure(data: bytes, *, alt: str, caption: str | Html = "", media: Media = "i
     below = f"<figcaption>{markup(caption)}</figcaption>" if caption else ""
     return Html(
         f'<figure><button class="zoom" type="button" aria-label="Enlarge: {markup(alt)}">'
-        f'<img loading="lazy" alt="{markup(alt)}" src="data:{media};base64,{encoded}"></button>{below}</figure>'
+        f'<img alt="{markup(alt)}" src="data:{media};base64,{encoded}"></button>{below}</figure>'
     )
 
 
@@ -228,6 +233,38 @@ def grid(pictures: Sequence[Picture], *, width_px: int = 260) -> Html:
 def row(*pieces: Html) -> Html:
     """Pieces side by side where the screen is wide enough."""
     return Html(f'<div class="row">{"".join(f"<div>{piece}</div>" for piece in pieces)}</div>')
+
+
+def line_chart(series: Mapping[str, Sequence[tuple[float, float]]], *, x_label: str, y_label: str, alt: str) -> Html:
+    """Lines over 0..1 in both directions, drawn in the colours of the page.
+
+    Args:
+        series: name -> points (x, y), of up to four lines.
+        x_label: what x is.
+        y_label: what y is.
+        alt: what the chart shows, for those who do not see it.
+    """
+    width, height, left, bottom, top = 400, 300, 44, 40, 24
+    right = width - 12
+
+    def place(x: float, y: float) -> str:
+        return f"{left + x * (right - left):.1f},{height - bottom - y * (height - bottom - top):.1f}"
+
+    ticks = [i / 5 for i in range(6)]
+    x_ticks = [f'<path class="axis" d="M{place(t, 0)} L{place(t, 1)}"/>' for t in ticks]
+    y_ticks = [f'<path class="axis" d="M{place(0, t)} L{place(1, t)}"/>' for t in ticks]
+    x_texts = [_svg_text(f"{t:.1f}", *place(t, 0).split(","), dy=16) for t in ticks]
+    y_texts = [_svg_text(f"{t:.1f}", *place(0, t).split(","), dx=-6, dy=4, anchor="end") for t in ticks]
+    names = [_svg_text(x_label, *place(0.5, 0).split(","), dy=34), _svg_text(y_label, "2", "12", anchor="start")]
+    drawn = []
+    for i, (name, points) in enumerate(series.items()):
+        path = " ".join(place(x, y) for x, y in points)
+        drawn.append(f'<polyline class="line{i}" points="{path}"/>')
+        names.append(_svg_text(name, str(right - 90 * (len(series) - 1 - i)), "12", anchor="end", kind=f"line{i}"))
+    return Html(
+        f'<svg class="chart" viewBox="0 0 {width} {height}" role="img" aria-label="{markup(alt)}">'
+        f"{''.join([*x_ticks, *y_ticks, *drawn, *x_texts, *y_texts, *names])}</svg>"
+    )
 
 
 def details(summary: str, *body: str | Html) -> Html:
@@ -254,6 +291,10 @@ def _cell(cell: str | Html | Cell) -> str:
         value = "" if cell.value is None else repr(float(cell.value))
         return f'<td class="number" data-value="{value}">{markup(cell.shown)}</td>'
     return f"<td>{markup(cell)}</td>"
+
+
+def _svg_text(text: str, x: str, y: str, *, dx: int = 0, dy: int = 0, anchor: str = "middle", kind: str = "") -> str:
+    return f'<text class="{kind}" x="{x}" y="{y}" dx="{dx}" dy="{dy}" text-anchor="{anchor}">{markup(text)}</text>'
 
 
 def _block(text: str | Html) -> Html:

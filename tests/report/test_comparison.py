@@ -1,0 +1,114 @@
+"""Differences of two detectors and their intervals."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from test_analysis import BOX, found, random_set, truth_of
+
+from fpn_det.engine.coco_eval import GroundTruth, ScoredBoxes, hotcoco_evaluator, score
+from fpn_det.report.comparison import Difference, _Outcomes, compare, format_comparison
+
+
+def resampled(truth: GroundTruth, results: ScoredBoxes, times: np.ndarray) -> tuple[GroundTruth, ScoredBoxes]:
+    """The data set with each image as often as `times` says, under ids of their own."""
+    copies = np.repeat(np.arange(len(times)), times)
+    boxes = [np.flatnonzero(truth.images == i) for i in copies]
+    rows = [np.flatnonzero(results.image_ids == truth.image_ids[i]) for i in copies]
+    columns = {name: getattr(truth, name)[np.concatenate(boxes)] for name in ("boxes", "areas", "crowd", "classes")}
+    places = np.repeat(np.arange(len(copies)), [len(b) for b in boxes])
+    more = replace(truth, image_ids=np.arange(len(copies)), images=places, **columns)
+    return more, replace(
+        results[np.concatenate(rows)], image_ids=np.repeat(np.arange(len(copies)), [len(r) for r in rows])
+    )
+
+
+def distinct(results: ScoredBoxes, seed: int = 0) -> ScoredBoxes:
+    """The same with scores that have no ties, whose order COCO takes from the images' ids."""
+    return replace(results, scores=np.random.default_rng(seed).permutation(np.linspace(0.05, 0.95, len(results))))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_ap_of_weighted_images_is_that_of_copies(seed: int) -> None:
+    truth, results = random_set(seed)
+    results = distinct(results)
+    outcomes = _Outcomes.of(truth, results, hotcoco_evaluator(truth, results, limits=[100]))
+    rng = np.random.default_rng(seed)
+    weights = np.stack([np.ones(12, int), *rng.multinomial(12, np.full(12, 1 / 12), size=3)])
+    for k, name in enumerate(truth.names):
+        gt_images = truth.images[~truth.crowd & (truth.classes == k)]
+        values = outcomes.average_precision(k, gt_images, weights)
+        for value, times in zip(values, weights, strict=True):
+            expected = score(*resampled(truth, results, times))["per_class"][name]["AP"]
+            assert (np.isnan(value) and expected == -1) or value == pytest.approx(expected, abs=1e-9)
+
+
+def test_intervals_are_those_of_resampled_sets() -> None:
+    truth, first = random_set(3, num_images=20)
+    first = distinct(first)
+    second = replace(first, boxes=first.boxes + np.random.default_rng(0).normal(0, 1.5, first.boxes.shape))
+    found_here = compare(truth, first, second, num_resamples=400)
+    rng = np.random.default_rng(7)
+    plain: dict[str, list[float]] = {"AP": [], "AR100": [], "a": []}
+    for times in rng.multinomial(20, np.full(20, 1 / 20), size=150):
+        a, b = (score(*resampled(truth, results, times)) for results in (first, second))
+        for name in ("AP", "AR100"):
+            plain[name].append(b[name] - a[name])  # type: ignore[literal-required]
+        plain["a"].append(b["per_class"]["a"]["AP"] - a["per_class"]["a"]["AP"])
+    differences = {d.name: d for d in [*found_here.metrics, *found_here.classes]}
+    for name, values in plain.items():
+        low, high = np.percentile(values, [2.5, 97.5])
+        width = high - low
+        assert differences[name].low == pytest.approx(low, abs=0.25 * width), name
+        assert differences[name].high == pytest.approx(high, abs=0.25 * width), name
+        assert differences[name].low < differences[name].delta < differences[name].high  # type: ignore[operator]
+
+
+def test_numbers_are_those_of_score() -> None:
+    truth, first = random_set(0)
+    _, second = random_set(1)
+    for limit in (100, 5):
+        comparison = compare(truth, first, second, num_resamples=0, max_detections=limit)
+        for results, side in ((first, "a"), (second, "b")):
+            metrics = score(truth, results, max_detections=limit)
+            assert {d.name: getattr(d, side) for d in comparison.metrics} == {
+                d.name: metrics[d.name]  # type: ignore[literal-required]
+                for d in comparison.metrics
+            }
+            assert [getattr(d, side) for d in comparison.classes] == [
+                metrics["per_class"][name]["AP"] for name in truth.names
+            ]
+        assert all(d.low is None and not d.is_clear for d in [*comparison.metrics, *comparison.classes])
+
+
+def test_equal_detectors_do_not_differ() -> None:
+    truth, results = random_set(0)
+    comparison = compare(truth, results, results, num_resamples=20)
+    assert {(d.delta, d.low, d.high) for d in comparison.metrics if d.a > -1} == {(0.0, 0.0, 0.0)}
+    assert not any(d.is_clear for d in [*comparison.metrics, *comparison.classes])
+    assert comparison.images == []
+
+
+def test_clear_differences_are_marked() -> None:
+    truth, results = random_set(0)
+    worse = replace(results, boxes=results.boxes + [30.0, 30.0, 0.0, 0.0])
+    comparison = compare(truth, results, worse, num_resamples=50)
+    differences = {d.name: d for d in comparison.metrics}
+    assert differences["AP"].is_clear
+    assert differences["APl"].delta is None  # nothing is large
+    lines = format_comparison(comparison, ("one", "other"), max_classes=2).splitlines()
+    assert next(line for line in lines if line.startswith("AP ")).endswith("*")
+    assert next(line for line in lines if line.startswith("APl ")).split() == ["APl", "-", "-", "-"]
+    assert comparison.images
+    assert Difference("x", 0.5, 0.6, -0.1, 0.2).is_clear is False
+    assert Difference("x", 0.5, 0.6, 0.05, 0.2).is_clear is True
+
+
+def test_classes_and_sets_without_anything() -> None:
+    empty = found([])
+    for truth in (truth_of([(0, 0, BOX)]), truth_of([])):
+        comparison = compare(truth, empty, found([(0, 0, BOX, 0.9)]), num_resamples=10)
+        assert [d.low for d in comparison.classes][1:] == [None, None]
+        format_comparison(comparison, ("a", "b"))
