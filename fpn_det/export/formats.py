@@ -102,7 +102,7 @@ def to_onnx(model: FasterRCNN | ProposalNetwork, resize: Resize) -> Exported:
         )
     assert program is not None
     proto = program.model_proto
-    name_axes(proto)
+    tidy(proto)
     options = runtime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     session = runtime.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
@@ -147,6 +147,8 @@ def to_torch_export(model: FasterRCNN | ProposalNetwork, resize: Resize) -> Expo
             (example().to(device),),
             dynamic_shapes={"images": dynamic_shape()},
         )
+        for node in program.graph.nodes:
+            node.meta.pop("stack_trace", None)  # with the paths of this package
         loaded = reloaded(lambda file: torch.export.save(program, file), torch.export.load).module()
 
     def write(file: BinaryIO, metadata: dict[str, str]) -> None:
@@ -262,8 +264,8 @@ def onnx_sort(values: Any, *, stable: bool, dim: int, descending: bool) -> Any:
     return op.TopK(values, op.Shape(values, start=dim, end=dim + 1), axis=dim, largest=int(descending), sorted=1)
 
 
-def name_axes(proto: Any) -> None:
-    """Name the dynamic axes of inputs and outputs for people who look at the file."""
+def tidy(proto: Any) -> None:
+    """For people who look at the file: names of the dynamic axes, and no traces of where it was made."""
     axes = {
         "images": ("num_images", None, "height", "width"),
         "boxes": ("num_images", None, None),
@@ -274,3 +276,5 @@ def name_axes(proto: Any) -> None:
         for dim, name in zip(value.type.tensor_type.shape.dim, axes[value.name], strict=True):
             if name is not None:
                 dim.dim_param = name
+    for part in (*proto.graph.input, *proto.graph.output, *proto.graph.value_info, *proto.graph.node):
+        del part.metadata_props[:]

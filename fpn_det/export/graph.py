@@ -2,8 +2,8 @@
 
 The detections of `FasterRCNN.predict`, resizing before it and mapping back after it included, said in another way.
 There, training and eager detection are written for speed; here, nothing in Python may depend on a value or a size,
-since exporters record one run. So every number of boxes is a constant of the model: a level with fewer anchors is padded,
-and what is missing is marked, not cut off. Trained layers, anchors, decoding, scores and thresholds are the
+since exporters record one run. So every number of boxes is a constant of the model: a level with fewer anchors is
+padded, and what is missing is marked, not cut off. Trained layers, anchors, decoding, scores and thresholds are the
 detector's own.
 
 Dimensions: N images of one size H x W, L levels, T best anchors of a level, P proposals, K classes, D detections per
@@ -161,7 +161,7 @@ def classify(head: RoIHead, features: Sequence[Tensor], boxes: Tensor) -> tuple[
 
 
 def describe(box_head: ConvFCHead | Res5Head, x: Tensor) -> Tensor:
-    """As of the `forward` of `box_head`, less what depends on the number of RoIs: (R, C, size, size) -> (R, features)."""
+    """As `box_head`, which chooses how to multiply by the number of RoIs: (R, C, size, size) -> (R, features)."""
     if isinstance(box_head, Res5Head):
         out: Tensor = box_head(x)
         return out

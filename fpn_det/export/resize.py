@@ -123,7 +123,7 @@ def padded_range(new: Tensor) -> Tensor:
     """0, 1, .. as float64, `new` of them rounded up to a multiple of 32."""
     cells = (new + 31).div(32, rounding_mode="floor")
     count: Any = cells  # TorchScript's tracing records tensors, and takes them for numbers
-    if not torch.jit.is_tracing():
+    if not torch.jit.is_tracing():  # type: ignore[attr-defined]
         count = cells.item()
         torch._check(count >= 1)
     return torch.arange(count * 32, device=new.device, dtype=torch.float64)
