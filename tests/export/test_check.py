@@ -29,7 +29,7 @@ EXPECTED = detections(BOXES, [0.9, 0.8, 0.06], [0, 1, 0])
     ("boxes", "scores", "labels", "differing", "box_difference", "score_difference"),
     [
         pytest.param(BOXES, [0.9, 0.8, 0.06], [0, 1, 0], 0, 0, 0, id="the same"),
-        pytest.param([BOXES[i] for i in (1, 0, 2)], [0.9, 0.9, 0.06], [1, 0, 0], 1, 0, 0.1, id="another order and score"),
+        pytest.param([BOXES[i] for i in (1, 0, 2)], [0.9, 0.9, 0.06], [1, 0, 0], 1, 0, 0.1, id="order and score"),
         pytest.param(BOXES, [0.9004, 0.8, 0.06], [0, 1, 0], 0, 0, 0.0004, id="score within the tolerance"),
         pytest.param([[10.05, 10, 50, 50], *BOXES[1:]], [0.9, 0.8, 0.06], [0, 1, 0], 0, 0.05, 0, id="box within it"),
         pytest.param([[11, 10, 50, 50], *BOXES[1:]], [0.9, 0.8, 0.06], [0, 1, 0], 1, 1, 0, id="box beyond it"),

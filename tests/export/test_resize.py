@@ -25,7 +25,9 @@ def test_sizes_are_the_same(kind: ResizeKind, size: tuple[int, int], short_side:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
-    "size", [(64, 97), (31, 30), (200, 160), (100, 401), (64, 64)], ids=["1.5x wide", "up", "down", "long side", "as is"]
+    "size",
+    [(64, 97), (31, 30), (200, 160), (100, 401), (64, 64)],
+    ids=["wide", "up", "down", "long side", "as is"],
 )
 def test_pixels_are_the_same_and_the_rest_is_zero(kind: ResizeKind, size: tuple[int, int]) -> None:
     image = torch.randint(0, 256, (3, *size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
