@@ -17,7 +17,8 @@ from fpn_det.engine.evaluate import detect
 from fpn_det.export.formats import Format, Outputs, export, suppress_each, suppress_together
 from fpn_det.export.graph import DetectorGraph
 from fpn_det.export.resize import Resize
-from fpn_det.models.faster_rcnn import DetectionModel, FastRCNN
+from fpn_det.models.faster_rcnn import DetectionModel, FasterRCNN, FastRCNN
+from fpn_det.models.roi_head import RoIHead
 from fpn_det.structures import Detections, Sample
 
 NUM_CLASSES = 5
@@ -139,6 +140,31 @@ def test_an_image_in_which_nothing_is_found(tiny) -> None:
     for suppress in (suppress_each, suppress_together):
         graph = DetectorGraph(model, resize=resize, suppress=suppress)
         assert assert_same(config, model, images(2, 3, 64, 64), graph(images(2, 3, 64, 64))) == 0
+
+
+@pytest.mark.parametrize("min_size", [None, -1.0, 0.0, 20.0])
+@pytest.mark.parametrize("agnostic", [False, True])
+def test_detections_are_selected_as_the_detector_does(tiny, min_size: float | None, agnostic: bool) -> None:
+    _, model = detector(tiny, ["model.roi_head.detections_per_image=25"])
+    assert isinstance(model, FasterRCNN)
+    head = model.roi_head
+    assert isinstance(head, RoIHead)
+    head.min_size = min_size
+    generator = torch.Generator().manual_seed(0)
+    corners = 60 * torch.rand(2, 30, 1 if agnostic else NUM_CLASSES, 2, generator=generator)
+    sides = 40 * torch.rand(corners.shape, generator=generator)
+    sides[torch.rand(sides.shape, generator=generator) < 0.3] = 0  # boxes without area
+    boxes = torch.cat([corners, corners + sides], dim=3)
+    scores = torch.rand(2, 30, NUM_CLASSES, generator=generator)
+    valid = torch.rand(2, 30, generator=generator) < 0.8
+    graph = DetectorGraph(model, resize=Resize(short_side=64, long_side=64, kind="float"), suppress=suppress_each)
+    found_boxes, found_scores, found_labels, kept = graph.select(head, scores, boxes, valid)
+    for i, expected in enumerate(head.select(scores, boxes, valid)):
+        count = len(expected)
+        assert kept[i].tolist() == [True] * count + [False] * (25 - count)
+        assert torch.equal(found_boxes[i, :count], expected.boxes)
+        assert torch.equal(found_scores[i, :count], expected.scores)
+        assert torch.equal(found_labels[i, :count], expected.labels)
 
 
 def test_both_ways_of_nms_keep_the_same_boxes() -> None:
