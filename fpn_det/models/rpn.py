@@ -89,7 +89,7 @@ class RPNHead(nn.Module):
             for conv in self.convs:
                 x = conv(x).relu_()
             logits.append(self.objectness(x).permute(0, 2, 3, 1).flatten(1))
-            deltas.append(self.deltas(x).permute(0, 2, 3, 1).reshape(len(x), -1, 4))
+            deltas.append(self.deltas(x).permute(0, 2, 3, 1).reshape(x.shape[0], -1, 4))
         return logits, deltas
 
     def at(self, features: Sequence[Tensor], index: Tensor) -> tuple[Tensor, Tensor]:
