@@ -7,7 +7,7 @@ A new backbone or neck is added in three places: its class, its section in `conf
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, assert_never
@@ -26,6 +26,8 @@ from fpn_det.config import (
     Res5Config,
     RoiHeadConfig,
     SingleLevelConfig,
+    load_config,
+    parse_config,
 )
 from fpn_det.data.checks import train_refusals, val_refusals
 from fpn_det.data.coco import CocoAnnotations, load_coco
@@ -396,6 +398,23 @@ def place(config: Config, model: DetectionModel, device: torch.device) -> Detect
         for part in parts:
             part.compile(dynamic=True)  # one graph for all sizes of images
     return model
+
+
+def config_for(state: State, path: Path, *, given: Path | None, overrides: Sequence[str] = ()) -> Config:
+    """The config to use a checkpoint with: that of a file if one is given, else its own.
+
+    Args:
+        state: the checkpoint.
+        path: where it comes from, for messages.
+        given: a YAML file.
+        overrides: as in `load_config`.
+
+    Raises:
+        InputError: what `load_config` raises.
+    """
+    if given is not None:
+        return load_config(given, overrides)
+    return parse_config(state["config"], source=f"the config in {path}", overrides=overrides)
 
 
 def load_detector(config: Config, path: Path, device: torch.device) -> tuple[DetectionModel, State]:

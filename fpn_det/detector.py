@@ -31,7 +31,6 @@ from torch import Tensor
 
 from fpn_det import build
 from fpn_det.ahead import ahead
-from fpn_det.config import load_config, parse_config
 from fpn_det.data.loader import collate
 from fpn_det.data.transforms import TestTransform, from_pillow, load_image, resized_size
 from fpn_det.draw import draw_detections
@@ -214,10 +213,8 @@ class Detector:
         """
         path = Path(checkpoint)
         state = load_checkpoint(path)
-        if config is not None:
-            settings = load_config(Path(config), overrides)
-        else:
-            settings = parse_config(state["config"], source=f"{path} (config)", overrides=overrides)
+        given = Path(config) if config is not None else None
+        settings = build.config_for(state, path, given=given, overrides=overrides)
         if settings.model.kind == "fast_rcnn":
             raise InputError("model.kind fast_rcnn needs proposals of each image; predict with faster_rcnn or rpn")
         place = _device(device)

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from fpn_det import build
 from fpn_det.cli import config_parser, say, user_errors
-from fpn_det.config import Config, dump_config, load_config, parse_config
+from fpn_det.config import Config, dump_config, load_config
 from fpn_det.data.coco import CocoAnnotations
 from fpn_det.data.loader import explain_unreadable
 from fpn_det.data.problems import format_problems
@@ -79,10 +79,7 @@ def main() -> None:
             score_file(load_config(args.config, args.overrides), args.predictions, folder, with_report=args.report)
             return
         state = checkpoint.load_checkpoint(args.checkpoint)
-        if args.config:
-            config = load_config(args.config, args.overrides)
-        else:
-            config = parse_config(state["config"], source=f"{args.checkpoint} (config)", overrides=args.overrides)
+        config = build.config_for(state, args.checkpoint, given=args.config, overrides=args.overrides)
         proposals = args.proposals or config.model.kind == "rpn"
         if proposals and config.eval.tta is not None:
             raise InputError("eval.tta merges detections, not proposals; set eval.tta=none to measure their recall")

@@ -12,7 +12,7 @@ nothing is written and the exit code is 2. The differences, the speed of both, t
 file must know are in its metadata.
 
 The config is the checkpoint's own unless --config gives another; `key=value` changes either, as in
-roi_head.score_thresh=0.3. The file computes in float32, whatever `train.precision` is.
+model.roi_head.score_thresh=0.3. The file computes in float32, whatever `train.precision` is.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from torch import Tensor
 
 from fpn_det import build
 from fpn_det.cli import say, user_errors
-from fpn_det.config import Config, load_config, parse_config
+from fpn_det.config import Config
 from fpn_det.data.loader import collate
 from fpn_det.data.transforms import TestTransform, find_images, load_image
 from fpn_det.engine import checkpoint
@@ -140,12 +140,8 @@ def export_checkpoint(
 
 def read_config(checkpoint_path: Path, config_path: Path | None, overrides: Sequence[str]) -> Config:
     """The config of what is exported; refuses what cannot be."""
-    if config_path is not None:
-        config = load_config(config_path, [*overrides, *FIXED])
-    else:
-        state = checkpoint.load_checkpoint(checkpoint_path)
-        source = f"the config in {checkpoint_path}"
-        config = parse_config(state["config"], source=source, overrides=[*overrides, *FIXED])
+    state = checkpoint.load_checkpoint(checkpoint_path)
+    config = build.config_for(state, checkpoint_path, given=config_path, overrides=[*overrides, *FIXED])
     if config.model.kind == "fast_rcnn":
         raise InputError("model.kind fast_rcnn needs proposals of each image; export faster_rcnn or rpn")
     if config.eval.tta is not None:

@@ -170,7 +170,10 @@ def dynamic_shape() -> dict[int, Any]:
 
 
 def reloaded(save: Callable[[BinaryIO], None], load: Callable[[BinaryIO], Any]) -> Any:
-    """What comes back of a file, so that the file is what is checked."""
+    """What comes back of a file, so that the file is what is checked.
+
+    Loaders of torch run what a file holds: they get nothing here but what was made a moment before, in memory.
+    """
     file = io.BytesIO()
     save(file)
     file.seek(0)
