@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from test_analysis import BOX, found, random_set, truth_of
+from cases import BOX, found, random_set, truth_of
 
 from fpn_det.engine.coco_eval import METRIC_NAMES, GroundTruth, ScoredBoxes, score
 from fpn_det.report.comparison import _RANGES, Difference, _mean_of_classes, _Outcomes, compare, format_comparison
