@@ -130,7 +130,10 @@ def test_comparison_of_two_files(tool, run: Path, better: Path, shapes: Path, tm
     truth = ("--annotations", shapes / "annotations/val.json", "--resamples", 0, "--output-dir", tmp_path)
     outcome = tool("compare", *files, *truth)
     assert (outcome.code, outcome.err) == (0, "")
+    assert "interval" not in outcome.out
+    assert not (tmp_path / "differences.png").exists()
     page = (tmp_path / "comparison.html").read_text()
+    assert "nothing was resampled" in page
     assert "give their folder with --images" in page
     outcome = tool("compare", *files, *truth, "--images", shapes / "val")
     assert outcome.code == 0

@@ -349,7 +349,9 @@ def format_comparison(comparison: Comparison, names: tuple[str, str], *, max_cla
     classes = sorted(comparison.classes, key=lambda d: -abs(d.delta or 0.0))[:max_classes]
     width = max(12, *(min(30, len(d.name)) for d in classes))
     lines = [f"A: {names[0]}", f"B: {names[1]}", ""]
-    lines.append(f"{'':<{width}}{'A':>8}{'B':>8}{'B - A':>8}   95 % interval, {comparison.num_resamples:,} resamples")
+    num = comparison.num_resamples
+    interval = f"   95 % interval, {num:,} resamples" if num else ""
+    lines.append(f"{'':<{width}}{'A':>8}{'B':>8}{'B - A':>8}{interval}")
     lines += [_line(d, width) for d in comparison.metrics]
     lines += [
         "",
@@ -357,7 +359,8 @@ def format_comparison(comparison: Comparison, names: tuple[str, str], *, max_cla
         + (f", the {max_classes} that differ most" if len(classes) < len(comparison.classes) else ""),
     ]
     lines += [_line(d, width) for d in classes]
-    lines += ["", "* the interval leaves out 0: another draw of images would hardly turn the difference round"]
+    if num:
+        lines += ["", "* the interval leaves out 0: another draw of images would hardly turn the difference round"]
     return "\n".join(lines)
 
 
@@ -399,21 +402,18 @@ def write_comparison(
         InputError: a file cannot be written, or matplotlib is not installed.
     """
     drawn = {
-        "differences": charts.intervals(
-            [
-                (d.name, 100 * d.delta, 100 * (d.low or 0.0), 100 * (d.high or 0.0))
-                for d in comparison.metrics
-                if d.delta is not None and d.low is not None
-            ],
-            x_label="B - A, points",
-        ),
-        **{
-            f"curve_{i}": charts.lines(series, x_label="step", y_label=name)
-            for i, (name, series) in enumerate(curves.items())
-        },
+        f"curve_{i}": charts.lines(series, x_label="step", y_label=name)
+        for i, (name, series) in enumerate(curves.items())
     }
+    bars = [
+        (d.name, 100 * d.delta, 100 * d.low, 100 * d.high)
+        for d in comparison.metrics
+        if d.delta is not None and d.low is not None and d.high is not None
+    ]
+    if bars:
+        drawn["differences"] = charts.intervals(bars, x_label="B - A, points")
     sections = [
-        _numbers(comparison, drawn["differences"]),
+        _numbers(comparison, drawn),
         _classes(comparison),
         _error_types(comparison),
         *([_training(drawn, curves)] if curves else []),
@@ -471,12 +471,14 @@ def _rows(differences: Sequence[Difference]) -> list[Row]:
 _HEADER = ["A", "B", "B - A", "95 % interval", "leaves out 0"]
 
 
-def _numbers(comparison: Comparison, chart: bytes) -> Section:
+def _numbers(comparison: Comparison, drawn: Mapping[str, bytes]) -> Section:
     marked = [d.is_clear for d in comparison.metrics]
     numbers = table(["metric", *_HEADER], _rows(comparison.metrics), label="metrics", marked=marked)
+    if "differences" not in drawn:
+        return Section("Overview", [numbers], "In percent, without intervals: nothing was resampled.")
     return Section(
         "Overview",
-        [row(numbers, figure(chart, alt="Differences of the metrics with their intervals"))],
+        [row(numbers, figure(drawn["differences"], alt="Differences of the metrics with their intervals"))],
         f"In percent. The intervals come from {comparison.num_resamples:,} draws of the images, the same for both: "
         "they say how much of a difference may be due to the choice of images, not to the seed of the training.",
     )
@@ -488,7 +490,8 @@ def _classes(comparison: Comparison) -> Section:
     return Section(
         "Classes",
         [content],
-        "AP in percent. Of many classes, one in twenty leaves out 0 by chance alone.",
+        "AP in percent."
+        + (" Of many classes, one in twenty leaves out 0 by chance alone." if comparison.num_resamples else ""),
     )
 
 
@@ -543,7 +546,9 @@ def _pictures(
                 pixels, image.image_id, truth, names, {"A": (comparison.a, a), "B": (comparison.b, b)}
             )
             pictures.append(Picture(drawn, caption, f"Ground truth, A and B in {names.image(image.image_id)}"))
-        body += ["Blue: annotated, or right. Orange: false.", grid(pictures, width_px=560)] if pictures else []
+        body += (
+            ["Blue: annotated, or right. Orange: false, or missed.", grid(pictures, width_px=560)] if pictures else []
+        )
     rows: list[Row] = [
         [names.image(i.image_id), number(i.a, 0), number(i.b, 0), number(i.b - i.a, 0, signed=True)]
         for i in comparison.images[:MAX_ROWS]

@@ -6,10 +6,15 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from cases import BOX, found, random_set, truth_of
+from torch import Tensor
 
 from fpn_det.engine.coco_eval import METRIC_NAMES, GroundTruth, ScoredBoxes, score
+from fpn_det.report.analysis import analyse
 from fpn_det.report.comparison import _RANGES, Difference, _mean_of_classes, _Outcomes, compare, format_comparison
+from fpn_det.report.examples import Names, compare_image
+from fpn_det.report.pictures import WRONG, DrawnBox
 
 
 def resampled(truth: GroundTruth, results: ScoredBoxes, times: np.ndarray) -> tuple[GroundTruth, ScoredBoxes]:
@@ -123,3 +128,17 @@ def test_classes_and_sets_without_anything() -> None:
         comparison = compare(truth, empty, found([(0, 0, BOX, 0.9)]), num_resamples=10)
         assert [d.low for d in comparison.classes][1:] == [None, None]
         format_comparison(comparison, ("a", "b"))
+
+
+def test_missed_boxes_are_drawn_where_they_are_missing(monkeypatch) -> None:
+    truth, results = truth_of([(0, 0, BOX), (0, 1, (60.0, 0.0, 30.0, 30.0))]), found([(0, 0, BOX, 0.9)])
+    shown: dict[str, list[str]] = {}
+
+    def noted(image: Tensor, panels: dict[str, list[DrawnBox]]) -> bytes:
+        shown.update({title: [box.text for box in boxes if box.color == WRONG] for title, boxes in panels.items()})
+        return b""
+
+    monkeypatch.setattr("fpn_det.report.examples.compared", noted)
+    detectors = {"A": (analyse(truth, results, score(truth, results)), results)}
+    compare_image(torch.zeros(3, 40, 100, dtype=torch.uint8), 10, truth, Names(truth, {}), detectors)
+    assert shown == {"ground truth: 2": [], "A: 1, missed 1, false 0": ["missed class 1"]}
