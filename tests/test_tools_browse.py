@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from pages import opened
 from PIL import Image
 
 from fpn_det import build
@@ -62,24 +63,13 @@ def test_the_page_opens_anywhere(tool, tiny, evil, browser) -> None:
     page = Path("runs/quickstart/browse/index.html").resolve()
     assert f"written: {page.relative_to(Path.cwd())}" in outcome.out
     for width in (390, 1400):
-        tab = browser.new_page(viewport={"width": width, "height": 900})
-        said: list[str] = []
-        asked: list[str] = []
-        tab.on("console", lambda message, said=said: said.append(message.text))
-        tab.on("pageerror", lambda error, said=said: said.append(str(error)))
-        tab.on("dialog", lambda dialog, said=said: said.append(dialog.message))
-        tab.on("request", lambda request, asked=asked: asked.append(request.url))
-        tab.goto(page.as_uri())
-        tab.evaluate("document.querySelectorAll('img').forEach(image => image.loading = 'eager')")
-        tab.wait_for_function("[...document.querySelectorAll('figure img')].every(image => image.naturalWidth > 0)")
-        assert said == []
-        assert [url for url in asked if not url.startswith("data:")] == [page.as_uri()]
-        assert tab.evaluate("document.documentElement.scrollWidth") <= width
-        assert tab.locator("main figure img").count() == 2 * 3
-        assert "No RoIs" in tab.locator("main").inner_text()
-        first = tab.locator("#s4 tbody tr td:first-child").first.inner_text()
-        assert first == EVIL_NAMES[0]
-        tab.close()
+        with opened(browser, page, width=width) as tab:
+            tab.wait_for_function("[...document.querySelectorAll('figure img')].every(image => image.naturalWidth > 0)")
+            assert tab.evaluate("document.documentElement.scrollWidth") <= width
+            assert tab.locator("script").count() == 1
+            assert tab.locator("main figure img").count() == 2 * 3
+            assert "No RoIs" in tab.locator("main").inner_text()
+            assert tab.locator("#s4 tbody tr td:first-child").first.inner_text() == EVIL_NAMES[0]
 
 
 def test_pictures_are_of_the_steps_of_training(tool, tiny, checkpoint) -> None:
@@ -100,6 +90,15 @@ def test_pictures_are_of_the_steps_of_training(tool, tiny, checkpoint) -> None:
     assert {path.name for path in Path("new/d").iterdir()} == files | {"index.html"}
     for name in files:
         assert Image.open(Path("new/d") / name).size[0] == 320  # five times 64
+
+
+def test_no_picture_of_an_earlier_call_stays(tool, tiny, tmp_path) -> None:
+    (tmp_path / "003_mine.png").write_text("of the user")
+    for count in (2, 1, 0):
+        outcome = tool("browse", *tiny, "--num-images", count, "--output-dir", tmp_path)
+        assert (outcome.code, outcome.err) == (0, "")
+        pictures = {f"{i:03d}_{kind}.png" for i in range(count) for kind in ("boxes", "anchors")}
+        assert {path.name for path in tmp_path.iterdir()} == pictures | {"index.html", "003_mine.png"}
 
 
 def test_figures_alone(tool, tiny) -> None:

@@ -8,9 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent / "report"))
-from test_page import opened
+from pages import opened
 
 CHARTS = {"errors", "precision_recall", "scores", "confusion", "calibration", "size", "aspect"}
 
@@ -132,13 +130,23 @@ def test_comparison_of_two_files(tool, run: Path, better: Path, shapes: Path, tm
     truth = ("--annotations", shapes / "annotations/val.json", "--resamples", 0, "--output-dir", tmp_path)
     outcome = tool("compare", *files, *truth)
     assert (outcome.code, outcome.err) == (0, "")
+    assert "interval" not in outcome.out
+    assert not (tmp_path / "differences.png").exists()
     page = (tmp_path / "comparison.html").read_text()
+    assert "nothing was resampled" in page
     assert "give their folder with --images" in page
     outcome = tool("compare", *files, *truth, "--images", shapes / "val")
     assert outcome.code == 0
     assert "give their folder with --images" not in (tmp_path / "comparison.html").read_text()
     outcome = tool("compare", *files)
     assert (outcome.code, "give it with --annotations" in outcome.err) == (2, True)
+
+
+def test_the_page_lies_beside_b_by_default(tool, run: Path, better: Path) -> None:
+    a = run.with_name("lr0.02")
+    shutil.copytree(run, a, ignore=shutil.ignore_patterns("*.pth", ".lock"))
+    outcome = tool("compare", a, better, "--resamples", 0)
+    assert outcome.out.endswith(f"written: {better / 'compare_lr0.02/comparison.html'}\n")
 
 
 def test_runs_that_cannot_be_compared(tool, run: Path, better: Path, shapes: Path, tmp_path: Path) -> None:

@@ -4,9 +4,10 @@
         [--output-dir D] [key=value ...]
 
 Writes to runs/NAME/browse (or D): index.html, one page that needs no other file and no network, and its pictures as
-PNG. They show the images of the first training steps (from --start-step on) of this very config, with the anchors that
-these steps train on, by level. The RoIs come from proposals: those of the checkpoint K, or those of the file that
-`model.kind: fast_rcnn` has; without either there are none to show, as those of random weights would mean nothing.
+PNG, in the place of those of an earlier call. They show the images of the first training steps (from --start-step on)
+of this very config, with the anchors that these steps train on, by level. The RoIs come from proposals: those of the
+checkpoint K, or those of the file that `model.kind: fast_rcnn` has; without either there are none to show, as those of
+random weights would mean nothing.
 
 Prints the sizes of all boxes of the split at training scale, the best recall that the anchors allow, and other anchors
 where they would cover the boxes better. --num-images 0 gives the figures alone.
@@ -18,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import re
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -54,6 +56,9 @@ from fpn_det.structures import Batch, Categories, printable
 
 PAGE_PX = 1000
 """Pictures in the page are no longer than this; the files have all pixels."""
+
+PICTURE_NAME = re.compile(r"\d{3,}_(boxes|anchors|rois)\.png")
+"""What the files are called."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -221,20 +226,26 @@ def draw_batch(
 
 
 def write_pictures(shown: Iterator[Shown], folder: Path, *, num_images: int) -> list[list[Picture]]:
-    """Write the first images as PNG files to `folder`.
+    """Write the first images as PNG files to `folder`, where none of an earlier run stay.
 
     Returns:
         The pictures of each image, for the page.
     """
-    samples = []
+    samples, written = [], set()
     for number in tqdm(range(num_images), desc="drawing", unit="image", disable=None, file=sys.stderr):
         each, pictures = next(shown), []
         for kind, picture in each.pictures.items():
             image = Image.fromarray(picture.permute(1, 2, 0).numpy())
-            with replacing(folder / f"{number:03d}_{kind}.png") as file:
+            path = folder / f"{number:03d}_{kind}.png"
+            with replacing(path) as file:
                 image.save(file, format="PNG")
+            written.add(path)
             pictures.append(Picture(encoded(image), f"{kind}: {each.caption}", f"{kind} of {each.caption}"))
         samples.append(pictures)
+    with write_errors(folder):
+        for path in folder.iterdir():
+            if PICTURE_NAME.fullmatch(path.name) and path not in written:
+                path.unlink()
     return samples
 
 

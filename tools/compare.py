@@ -9,7 +9,7 @@ it. Prints the twelve COCO numbers, the classes that differ most and what differ
 (default: compare_A in the folder of B) with comparison.html, which needs no other file, comparison.json and charts.
 
 The intervals come from drawing images with replacement: they say how far the choice of images explains a difference,
-not what another seed of the training would give. 500 resamples of 5,000 images take about two minutes on 2 CPU cores.
+not what another seed of the training would give. 500 resamples of 5,000 images take about a minute on one CPU core.
 """
 
 from __future__ import annotations
@@ -109,7 +109,8 @@ def read_run(path: Path) -> Run:
         raise InputError(f"{path}: there is no predictions.json; tools/eval.py --checkpoint {path}/best.pth writes it")
     config = load_config(folder / "config.yaml") if path.is_dir() and (folder / "config.yaml").exists() else None
     log = read_log(folder / "log.jsonl") if path.is_dir() else []
-    return Run(name=path.resolve().stem, folder=folder, results=read_results(file), config=config, log=log)
+    name = path.resolve().name if path.is_dir() else path.stem  # a folder's name may hold points, as in lr0.02
+    return Run(name=name, folder=folder, results=read_results(file), config=config, log=log)
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:

@@ -4,7 +4,8 @@ Images are drawn with replacement, the same ones for both, and everything is com
 difference leaves out cannot be explained by which images happened to be in the set. It says nothing on what another
 seed of the training would change.
 
-The twelve numbers' intervals are hotcoco's; those of the classes, which hotcoco has not, are computed here.
+hotcoco's `compare` has no intervals of classes, and those of its twelve numbers are too narrow by a quarter: an image
+that is drawn twice counts once there. So the resampling is done here, by weights of images on outcomes of detections.
 
 Dimensions: I images, B detections, G boxes, K classes, T IoU thresholds, N resamples.
 """
@@ -14,10 +15,10 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
-import hotcoco
 import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
@@ -45,8 +46,13 @@ from fpn_det.report.page import (
 )
 from fpn_det.structures import InputError, printable
 
+Interval = tuple[float, float]
+"""Its lower and upper end."""
+
 _IOUS = np.linspace(0.5, 0.95, 10)
 _RECALLS = np.linspace(0, 1, 101)
+_IOU_50, _IOU_75 = 0, 5  # indices in T
+_RANGES = {"": (0.0, 1e10), "s": (0.0, 32.0**2), "m": (32.0**2, 96.0**2), "l": (96.0**2, 1e10)}  # suffix -> areas
 _CHUNK = 50  # resamples at a time, so that a class of many detections does not fill the memory
 
 
@@ -140,17 +146,19 @@ def compare(
     Raises:
         InputError: a result is malformed, or names an image or category that the ground truth lacks.
     """
-    limits = [min(limit, max_detections) for limit in (1, 10, max_detections)]
     metrics_a, metrics_b = (score(truth, results, max_detections=max_detections) for results in (a, b))
-    evaluator_a, evaluator_b = (hotcoco_evaluator(truth, results, limits=limits) for results in (a, b))
-    found = hotcoco.compare(evaluator_a, evaluator_b, n_bootstrap=num_resamples, seed=seed)["ci"] or {}
-    per_class = class_intervals(truth, (a, b), (evaluator_a, evaluator_b), num_resamples=num_resamples, seed=seed)
+    intervals: dict[str, Interval | None] = {}
+    per_class: list[Interval | None] = [None] * len(truth.names)
+    if num_resamples:
+        intervals, per_class = bootstrap(
+            truth, (a, b), max_detections=max_detections, num_resamples=num_resamples, seed=seed
+        )
     both = [analyse(truth, results, m) for results, m in ((a, metrics_a), (b, metrics_b))]
     return Comparison(
         a=both[0],
         b=both[1],
         metrics=[
-            _difference(name, metrics_a[name], metrics_b[name], _interval(found.get(name)))  # type: ignore[literal-required]
+            _difference(name, metrics_a[name], metrics_b[name], intervals.get(name))  # type: ignore[literal-required]
             for name in METRIC_NAMES
         ],
         classes=[
@@ -162,40 +170,44 @@ def compare(
     )
 
 
-def class_intervals(
+def bootstrap(
     truth: GroundTruth,
     results: Sequence[ScoredBoxes],
-    evaluators: Sequence[Any],
     *,
+    max_detections: int,
     num_resamples: int,
     seed: int,
-) -> list[tuple[float, float] | None]:
-    """95 % intervals of the difference in AP of each class, second minus first; None where there are none.
+) -> tuple[dict[str, Interval | None], list[Interval | None]]:
+    """95 % intervals of the differences, second minus first; None where there are none.
 
     Args:
         truth: ground truth.
         results: of the two detectors.
-        evaluators: theirs, of `hotcoco_evaluator`.
-        num_resamples: N.
+        max_detections: how many per image and class count.
+        num_resamples: N, at least 1.
         seed: of the resampling.
+
+    Returns:
+        The intervals of COCO's twelve numbers, and those of the AP of each class.
     """
     num_images, num_classes = len(truth.image_ids), len(truth.names)
-    if not num_resamples:
-        return [None] * num_classes
-    generator = np.random.default_rng(seed)
-    weights = generator.multinomial(num_images, np.full(num_images, 1 / num_images), size=num_resamples)
-    outcomes = [_Outcomes.of(truth, found, evaluator) for found, evaluator in zip(results, evaluators, strict=True)]
-    intervals: list[tuple[float, float] | None] = []
-    for k in tqdm(range(num_classes), desc="resampling", unit="class", disable=None, file=sys.stderr):
-        gt_images = truth.images[~truth.crowd & (truth.classes == k)]
-        if not len(gt_images):
-            intervals.append(None)
-            continue
-        first, second = (of_one.average_precision(k, gt_images, weights) for of_one in outcomes)
-        differences = (second - first)[~np.isnan(second - first)]  # no box of the class in a resample: no AP
-        low, high = np.percentile(differences, [2.5, 97.5]).tolist() if len(differences) else (0.0, 0.0)
-        intervals.append((low, high) if len(differences) else None)
-    return intervals
+    generator, even = np.random.default_rng(seed), np.full(num_images, 1 / num_images)
+    weights = generator.multinomial(num_images, even, size=num_resamples).astype(np.int32)
+    numbers = [{name: np.full((num_resamples, num_classes), np.nan) for name in METRIC_NAMES} for _ in results]
+    steps = list(product(enumerate(results), _RANGES.items()))
+    with tqdm(total=len(steps) * num_classes, desc="resampling", unit="class", disable=None, file=sys.stderr) as bar:
+        for (of_one, found), (suffix, area_range) in steps:
+            outcomes = _Outcomes.of(truth, found, area_range=area_range, max_detections=max_detections)
+            for k in range(num_classes):
+                for name, values in outcomes.resampled(k, weights).items():
+                    full_name = "AR100" if name + suffix == "AR" else name + suffix
+                    if full_name in METRIC_NAMES:
+                        numbers[of_one][full_name][:, k] = values
+                bar.update()
+    first, second = numbers
+    of_metrics = {name: _interval(_mean_of_classes(second[name]) - _mean_of_classes(first[name])) for name in first}
+    of_classes = [_interval(difference) for difference in (second["AP"] - first["AP"]).T]
+    return of_metrics, of_classes
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -205,70 +217,125 @@ class _Outcomes:
     Attributes:
         classes: (B,) class indices.
         images: (B,) places in the ground truth's images.
-        counted: (B, T) bool; not those that match a crowd.
+        ranks: (B,) place among the detections of the same image and class, from 0.
+        counted: (B, T) bool; not those that match a crowd, or have to do with boxes of other areas only.
         correct: (B, T) bool.
+        gt_classes: (G,) class indices of the boxes to find.
+        gt_images: (G,) places of their images.
+        max_detections: how many per image and class count.
     """
 
     classes: NDArray[np.int64]
     images: NDArray[np.int64]
+    ranks: NDArray[np.int64]
     counted: NDArray[np.bool_]
     correct: NDArray[np.bool_]
+    gt_classes: NDArray[np.int64]
+    gt_images: NDArray[np.int64]
+    max_detections: int
 
     @staticmethod
-    def of(truth: GroundTruth, results: ScoredBoxes, evaluator: Any) -> _Outcomes:
+    def of(
+        truth: GroundTruth, results: ScoredBoxes, *, area_range: tuple[float, float], max_detections: int
+    ) -> _Outcomes:
+        evaluator = hotcoco_evaluator(truth, results, limits=[max_detections], ranges=np.array([area_range]))
         matches = [
             find_matches(evaluator, num_results=len(results), num_boxes=len(truth.boxes), iou=iou) for iou in _IOUS
         ]
         images = np.searchsorted(truth.image_ids, results.image_ids)
+        classes = np.searchsorted(truth.category_ids, results.category_ids)
         order = np.lexsort((images, -results.scores))
+        low, high = area_range
+        to_find = ~truth.crowd & (truth.areas >= low) & (truth.areas <= high)
         return _Outcomes(
-            classes=np.searchsorted(truth.category_ids, results.category_ids)[order],
+            classes=classes[order],
             images=images[order],
+            ranks=_ranks(images[order] * len(truth.names) + classes[order]),
             counted=np.stack([m.counted for m in matches], axis=1)[order],
             correct=np.stack([m.correct for m in matches], axis=1)[order],
+            gt_classes=truth.classes[to_find],
+            gt_images=truth.images[to_find],
+            max_detections=max_detections,
         )
 
-    def average_precision(
-        self, k: int, gt_images: NDArray[np.int64], weights: NDArray[np.int64]
-    ) -> NDArray[np.float64]:
-        """COCO's AP of a class when each image counts `weights` times.
+    def resampled(self, k: int, weights: NDArray[np.int32]) -> dict[str, NDArray[np.float64]]:
+        """COCO's numbers of a class when each image counts `weights` times.
 
         Args:
             k: the class.
-            gt_images: (G,) places of the images of its boxes.
             weights: (N, I) how often each image counts.
 
         Returns:
-            (N,) AP, NaN where no box counts.
+            Name (AP, AP50, AP75, AR1, AR10, and AR of `max_detections`) -> (N,) values, NaN where no box counts.
         """
-        own = np.flatnonzero(self.classes == k)
-        counted, correct, images = self.counted[own], self.correct[own], self.images[own]
-        values = []
-        for chunk in np.array_split(weights, -(-len(weights) // _CHUNK)):
-            num_boxes = chunk[:, gt_images].sum(axis=1)
-            times = chunk[:, images]  # (n, b)
-            of_iou = [_areas(times * counted[:, t], times * correct[:, t], num_boxes) for t in range(len(_IOUS))]
-            values.append(np.where(num_boxes > 0, np.mean(of_iou, axis=0), np.nan))
-        return np.concatenate(values)
+        num_boxes = weights[:, self.gt_images[self.gt_classes == k]].sum(axis=1)
+        own = np.flatnonzero((self.classes == k) & self.counted.any(axis=1))
+        images, counted, correct = self.images[own], self.counted[own], self.correct[own]
+        limits = np.array([1, 10, self.max_detections])
+        limited = correct.sum(axis=1)[:, None] * (self.ranks[own, None] < limits)  # (b, 3)
+        precision, num_found = np.zeros((len(weights), len(_IOUS))), np.zeros((len(weights), len(limits)))
+        for start in range(0, len(weights), _CHUNK):
+            rows = slice(start, start + _CHUNK)
+            times = weights[rows, images]  # (n, b)
+            num_found[rows] = times @ limited
+            for t in range(len(_IOUS)):
+                is_correct = correct[:, t]  # precision is highest, and recall rises, at these alone
+                num_kept = np.cumsum(times * counted[:, t], axis=1, dtype=np.int32)[:, is_correct]
+                num_correct = np.cumsum(times[:, is_correct], axis=1, dtype=np.int32)
+                precision[rows, t] = _areas(num_kept, num_correct, num_boxes[rows])
+        precision[num_boxes == 0] = np.nan
+        recall = num_found / np.where(num_boxes > 0, len(_IOUS) * num_boxes, np.nan)[:, None]
+        return {
+            "AP": precision.mean(axis=1),
+            "AP50": precision[:, _IOU_50],
+            "AP75": precision[:, _IOU_75],
+            **dict(zip(("AR1", "AR10", "AR"), recall.T, strict=True)),
+        }
 
 
-def _areas(counted: NDArray[np.int64], correct: NDArray[np.int64], num_boxes: NDArray[np.int64]) -> NDArray[np.float64]:
+def _areas(
+    num_kept: NDArray[np.int32], num_correct: NDArray[np.int32], num_boxes: NDArray[np.int64]
+) -> NDArray[np.float64]:
     """(n,) area under each interpolated precision-recall curve.
 
     Args:
-        counted: (n, b) how often each detection counts, best first.
-        correct: (n, b) how often it is right.
+        num_kept: (n, b) detections down to each correct one, best first.
+        num_correct: (n, b) the correct ones of these.
         num_boxes: (n,) boxes to find.
     """
-    if not counted.shape[1]:
-        return np.zeros(len(counted))
-    num_correct = np.cumsum(correct, axis=1)
-    recall = num_correct / np.maximum(num_boxes, 1)[:, None]
-    precision = num_correct / np.maximum(np.cumsum(counted, axis=1), 1)
+    n, b = num_kept.shape
+    precision = num_correct / np.maximum(num_kept, 1)
     envelope = np.maximum.accumulate(precision[:, ::-1], axis=1)[:, ::-1]
-    padded = np.concatenate([envelope, np.zeros((len(envelope), 1))], axis=1)  # recalls that are not reached
-    places = np.stack([np.searchsorted(of_one, _RECALLS) for of_one in recall])
+    padded = np.concatenate([envelope, np.zeros((n, 1))], axis=1)  # recalls that are not reached
+    # How many correct ones reach a recall, by the very division of COCO; then all rows are searched as one.
+    total = np.maximum(num_boxes, 1)[:, None]
+    needed = np.floor(_RECALLS * total).astype(np.int64)
+    needed += needed / total < _RECALLS
+    apart = np.arange(n)[:, None] * (max(int(total.max()), int(num_correct.max(initial=0))) + 1)
+    places = np.searchsorted((num_correct + apart).ravel(), needed + apart) - np.arange(n)[:, None] * b
     return np.take_along_axis(padded, places, axis=1).mean(axis=1)
+
+
+def _ranks(groups: NDArray[np.int64]) -> NDArray[np.int64]:
+    """(B,) how many before each are of the same group."""
+    order = np.argsort(groups, kind="stable")
+    _, starts, counts = np.unique(groups[order], return_index=True, return_counts=True)
+    ranks = np.empty_like(order)
+    ranks[order] = np.arange(len(order)) - starts.repeat(counts)
+    return ranks
+
+
+def _mean_of_classes(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """(N,) mean of (N, K) over the classes that have boxes; NaN without any."""
+    defined = ~np.isnan(values)
+    return np.where(defined, values, 0).sum(axis=1) / np.where(defined.any(axis=1), defined.sum(axis=1), np.nan)
+
+
+def _interval(differences: NDArray[np.float64]) -> Interval | None:
+    """What 95 % of the resamples that have such boxes lie in."""
+    defined = differences[~np.isnan(differences)]
+    low, high = np.percentile(defined, [2.5, 97.5]).tolist() if len(defined) else (0.0, 0.0)
+    return (low, high) if len(defined) else None
 
 
 def format_comparison(comparison: Comparison, names: tuple[str, str], *, max_classes: int = 20) -> str:
@@ -282,7 +349,9 @@ def format_comparison(comparison: Comparison, names: tuple[str, str], *, max_cla
     classes = sorted(comparison.classes, key=lambda d: -abs(d.delta or 0.0))[:max_classes]
     width = max(12, *(min(30, len(d.name)) for d in classes))
     lines = [f"A: {names[0]}", f"B: {names[1]}", ""]
-    lines.append(f"{'':<{width}}{'A':>8}{'B':>8}{'B - A':>8}   95 % interval, {comparison.num_resamples:,} resamples")
+    num = comparison.num_resamples
+    interval = f"   95 % interval, {num:,} resamples" if num else ""
+    lines.append(f"{'':<{width}}{'A':>8}{'B':>8}{'B - A':>8}{interval}")
     lines += [_line(d, width) for d in comparison.metrics]
     lines += [
         "",
@@ -290,7 +359,8 @@ def format_comparison(comparison: Comparison, names: tuple[str, str], *, max_cla
         + (f", the {max_classes} that differ most" if len(classes) < len(comparison.classes) else ""),
     ]
     lines += [_line(d, width) for d in classes]
-    lines += ["", "* the interval leaves out 0: another draw of images would hardly turn the difference round"]
+    if num:
+        lines += ["", "* the interval leaves out 0: another draw of images would hardly turn the difference round"]
     return "\n".join(lines)
 
 
@@ -332,21 +402,18 @@ def write_comparison(
         InputError: a file cannot be written, or matplotlib is not installed.
     """
     drawn = {
-        "differences": charts.intervals(
-            [
-                (d.name, 100 * d.delta, 100 * (d.low or 0.0), 100 * (d.high or 0.0))
-                for d in comparison.metrics
-                if d.delta is not None and d.low is not None
-            ],
-            x_label="B - A, points",
-        ),
-        **{
-            f"curve_{i}": charts.lines(series, x_label="step", y_label=name)
-            for i, (name, series) in enumerate(curves.items())
-        },
+        f"curve_{i}": charts.lines(series, x_label="step", y_label=name)
+        for i, (name, series) in enumerate(curves.items())
     }
+    bars = [
+        (d.name, 100 * d.delta, 100 * d.low, 100 * d.high)
+        for d in comparison.metrics
+        if d.delta is not None and d.low is not None and d.high is not None
+    ]
+    if bars:
+        drawn["differences"] = charts.intervals(bars, x_label="B - A, points")
     sections = [
-        _numbers(comparison, drawn["differences"]),
+        _numbers(comparison, drawn),
         _classes(comparison),
         _error_types(comparison),
         *([_training(drawn, curves)] if curves else []),
@@ -366,13 +433,9 @@ def write_comparison(
     return path
 
 
-def _difference(name: str, a: float, b: float, interval: tuple[float, float] | None) -> Difference:
+def _difference(name: str, a: float, b: float, interval: Interval | None) -> Difference:
     low, high = interval if interval is not None and -1 not in (a, b) else (None, None)
     return Difference(name, a, b, low, high)
-
-
-def _interval(found: Mapping[str, float] | None) -> tuple[float, float] | None:
-    return None if found is None else (found["lower"], found["upper"])
 
 
 def _images(a: Analysis, b: Analysis) -> list[ImageDifference]:
@@ -408,12 +471,14 @@ def _rows(differences: Sequence[Difference]) -> list[Row]:
 _HEADER = ["A", "B", "B - A", "95 % interval", "leaves out 0"]
 
 
-def _numbers(comparison: Comparison, chart: bytes) -> Section:
+def _numbers(comparison: Comparison, drawn: Mapping[str, bytes]) -> Section:
     marked = [d.is_clear for d in comparison.metrics]
     numbers = table(["metric", *_HEADER], _rows(comparison.metrics), label="metrics", marked=marked)
+    if "differences" not in drawn:
+        return Section("Overview", [numbers], "In percent, without intervals: nothing was resampled.")
     return Section(
         "Overview",
-        [row(numbers, figure(chart, alt="Differences of the metrics with their intervals"))],
+        [row(numbers, figure(drawn["differences"], alt="Differences of the metrics with their intervals"))],
         f"In percent. The intervals come from {comparison.num_resamples:,} draws of the images, the same for both: "
         "they say how much of a difference may be due to the choice of images, not to the seed of the training.",
     )
@@ -425,7 +490,8 @@ def _classes(comparison: Comparison) -> Section:
     return Section(
         "Classes",
         [content],
-        "AP in percent. Of many classes, one in twenty leaves out 0 by chance alone.",
+        "AP in percent."
+        + (" Of many classes, one in twenty leaves out 0 by chance alone." if comparison.num_resamples else ""),
     )
 
 
@@ -480,7 +546,9 @@ def _pictures(
                 pixels, image.image_id, truth, names, {"A": (comparison.a, a), "B": (comparison.b, b)}
             )
             pictures.append(Picture(drawn, caption, f"Ground truth, A and B in {names.image(image.image_id)}"))
-        body += ["Blue: annotated, or right. Orange: false.", grid(pictures, width_px=560)] if pictures else []
+        body += (
+            ["Blue: annotated, or right. Orange: false, or missed.", grid(pictures, width_px=560)] if pictures else []
+        )
     rows: list[Row] = [
         [names.image(i.image_id), number(i.a, 0), number(i.b, 0), number(i.b - i.a, 0, signed=True)]
         for i in comparison.images[:MAX_ROWS]

@@ -88,7 +88,7 @@ ERRORS: dict[ErrorKind, tuple[str, str, str]] = {
     ),
     "Miss": (
         "missed",
-        "objects that none of the other errors explains: no detection comes near them",
+        "objects that nothing finds, nor would if the class or the box of a detection were put right",
         "Recall by size shows which. Small objects need smaller model.anchors.sizes and a larger data.test_short_side; "
         "rare classes need more images.",
     ),
@@ -294,7 +294,7 @@ def _classes(analysis: Analysis) -> Section:
 
 
 def _curves(analysis: Analysis) -> Section:
-    shown = sorted(analysis.classes, key=lambda c: -c.num_boxes)[:_MAX_CURVES]
+    shown = {c.name for c in sorted(analysis.classes, key=lambda c: -c.num_boxes)[:_MAX_CURVES]}
     pieces = {
         "all classes": _two_charts(
             {
@@ -306,7 +306,7 @@ def _curves(analysis: Analysis) -> Section:
             "all classes",
         )
     }
-    for c in (c for c in analysis.classes if c in shown):
+    for c in (c for c in analysis.classes if c.name in shown):
         pieces[f"{c.name} ({c.num_boxes:,} boxes)"] = _two_charts(
             {"IoU 0.5": c.precision50, "IoU 0.75": c.precision75}, c.by_score, c.name
         )
@@ -351,7 +351,7 @@ def _confusion(analysis: Analysis, drawn: Mapping[str, bytes]) -> Section:
         "Confusions",
         body,
         f"Detections from a score of {shown_score(analysis.threshold.score)} on, each on the box of any class that it "
-        "overlaps most (IoU 0.5 or more). Rows add up to 100 percent; numbers are percent.",
+        "overlaps most (IoU 0.5 or more). In percent of the row.",
     )
 
 

@@ -125,7 +125,7 @@ def compare_image(
     names: Names,
     detectors: Mapping[str, tuple[Analysis, ScoredBoxes]],
 ) -> bytes:
-    """Ground truth and what several detectors found side by side, as a JPEG file.
+    """Ground truth and what several detectors found and missed side by side, as a JPEG file.
 
     Args:
         pixels: (3, H, W) uint8, the image.
@@ -140,7 +140,8 @@ def compare_image(
         mistakes = next((i for i in analysis.worst if i.image_id == image_id), ImageMistakes(image_id, [], []))
         found = _found_boxes(results, image_id, names, false=mistakes.false, score_thresh=analysis.threshold.score)
         summary = f"{len(found)}, missed {len(mistakes.missed)}, false {len(mistakes.false)}"
-        panels[f"{title}: {summary}"] = found
+        missed = [DrawnBox(truth.boxes[i], f"missed {names.gt(i)}", WRONG) for i in mistakes.missed]
+        panels[f"{title}: {summary}"] = [*found, *missed]
     return compared(pixels, panels)
 
 

@@ -19,6 +19,9 @@ from fpn_det.structures import printable
 
 Media = Literal["image/png", "image/jpeg"]
 
+LONG_CELL = 30
+"""Texts of so many letters get a wide column, lest a phone shows them as a tower of words."""
+
 
 class Html(str):
     """Markup, which stands in the page as it is."""
@@ -290,7 +293,8 @@ def _cell(cell: str | Html | Cell) -> str:
     if isinstance(cell, Cell):
         value = "" if cell.value is None else repr(float(cell.value))
         return f'<td class="number" data-value="{value}">{markup(cell.shown)}</td>'
-    return f"<td>{markup(cell)}</td>"
+    is_long = not isinstance(cell, Html) and len(cell) > LONG_CELL
+    return f"<td{' class=long' if is_long else ''}>{markup(cell)}</td>"
 
 
 def _svg_text(text: str, x: str, y: str, *, dx: int = 0, dy: int = 0, anchor: str = "middle", kind: str = "") -> str:

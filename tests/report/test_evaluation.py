@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_analysis import BOX, found, random_set, truth_of
-from test_page import EVIL, opened
+from cases import BOX, found, random_set, truth_of
+from pages import EVIL, opened
 from torch import Tensor
 
 from fpn_det.engine.coco_eval import GroundTruth, ScoredBoxes, score

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
+from pages import EVIL, opened
 from PIL import Image
 
 from fpn_det.report.page import (
@@ -30,20 +29,6 @@ from fpn_det.report.page import (
     row,
     table,
 )
-
-EVIL = [
-    "<script>document.title='owned'</script>",
-    '"><img src=x onerror="document.title=\'owned\'">',
-    "</td></tr></table></script><h1>owned</h1>",
-    "مرحبا بالعالم",
-    "gpj.\u202etac",
-    "\ud800 half",
-    "a\0b\x1b[2J",
-    "🚲" * 20,
-    "x" * 400,
-    "&lt;already&gt;",
-    "",
-]
 
 
 def image(color: str, size: tuple[int, int] = (300, 200)) -> bytes:
@@ -92,25 +77,6 @@ def everything() -> list[Section]:
     ]
 
 
-@contextmanager
-def opened(browser: Any, path: Path, *, width: int = 1400, scheme: str = "light") -> Iterator[Any]:
-    """The page in a browser that says nothing on its console and asks no network."""
-    context = browser.new_context(viewport={"width": width, "height": 800}, color_scheme=scheme)
-    tab, complaints, requests = context.new_page(), [], []
-    tab.on("console", lambda message: complaints.append(message.text))
-    tab.on("pageerror", lambda error: complaints.append(str(error)))
-
-    def refuse(route: Any) -> None:
-        requests.append(route.request.url)
-        route.abort()
-
-    tab.route(lambda url: not url.startswith("file:"), refuse)
-    tab.goto(path.as_uri())
-    yield tab
-    context.close()
-    assert (complaints, requests) == ([], [])
-
-
 @pytest.fixture(scope="module")
 def written(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("page") / "page.html"
@@ -151,6 +117,18 @@ def test_nothing_is_wider_than_the_screen(browser, written: Path, width: int) ->
     with opened(browser, written, width=width) as tab:
         assert tab.evaluate("document.documentElement.scrollWidth") <= width
         assert tab.locator(".scroll").nth(1).evaluate("e => e.scrollWidth > e.clientWidth")
+
+
+def test_long_cells_are_no_towers_on_a_phone(browser, tmp_path: Path) -> None:
+    path = tmp_path / "page.html"
+    rows = [
+        ["localisation", number(1.5), number(204, 0), "detections of the right class whose box is not at its place"]
+    ]
+    content = table(["error", "cost in AP50", "count", "what it is"], rows, label="errors")
+    path.write_text(page("Mine", [Section("a", [content])]), encoding="utf-8")
+    with opened(browser, path, width=390) as tab:
+        assert tab.locator("tbody tr").bounding_box()["height"] < 90
+        assert tab.evaluate("document.documentElement.scrollWidth") <= 390
 
 
 def test_tables_sort_and_filter(browser, written: Path) -> None:
