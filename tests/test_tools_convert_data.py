@@ -193,10 +193,10 @@ def test_an_empty_result_is_refused(run) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("from-voc", "nowhere", "--output", "o"), "nowhere: no folder JPEGImages"),
+        (("from-voc", "nowhere", "--output", "o"), "nowhere: no such folder"),
         (("from-yolo", "nowhere", "--output", "o"), "nowhere: no such file"),
         (("from-csv", "nowhere.csv", "--images", ".", "--output", "o"), "nowhere.csv: cannot be read"),
-        (("from-labelme", "nowhere", "--output", "o"), "nowhere: no JSON file"),
+        (("from-labelme", "nowhere", "--output", "o"), "nowhere: no such folder"),
         (("to-yolo", "--output", "o"), "--train, --val, --test"),
         (("split", "nowhere.json", "--fractions", "a=0.5", "b=0.5", "--output", "o"), "nowhere.json: cannot be read"),
         (("split", "nowhere.json", "--fractions", "a=0.5", "a=0.5", "--output", "o"), "a name is there twice: a a"),
