@@ -14,7 +14,7 @@ from __future__ import annotations
 import csv
 import stat
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
@@ -77,6 +77,7 @@ def read_csv(
     classes: Sequence[str] | None = None,
     normalized: bool = False,
     one_based: bool = False,
+    class_names: Path | None = None,
 ) -> LabelledData:
     """Read tables of boxes; what is wrong with single rows is collected, not raised.
 
@@ -90,10 +91,13 @@ def read_csv(
         classes: the only classes, in the order of their ids; by default those that occur, sorted.
         normalized: corners are fractions of the image; of Open Images they always are.
         one_based: corners count pixels from 1, the last one included, as in tables that were made of VOC XML.
+        class_names: a table of two columns, what a class is called in `paths` and its name, as Open Images'
+            class-descriptions-boxable.csv; classes that are not in it keep what they are called.
 
     Raises:
         InputError: a file is not such a table, two files share a name, or the boxes look like fractions.
     """
+    names = {} if class_names is None else _read_class_names(class_names)
     problems: list[Problem] = []
     splits: dict[str, LabelledSplit] = {}
     folder = ImageFolder(images)
@@ -101,7 +105,7 @@ def read_csv(
     for split, path in _split_names(paths).items():
         collector = Collector(folder, problems, classes)
         with _open(path) as file:
-            _read_table(_Table(path, file), collector, normalized=normalized, one_based=one_based)
+            _read_table(_Table(path, file), collector, names, normalized=normalized, one_based=one_based)
         splits[split] = collector.split()
         unlabelled &= collector.unlabelled()
     return LabelledData(
@@ -120,6 +124,19 @@ def _split_names(paths: Sequence[Path]) -> dict[str, Path]:
     if len(set(names)) < len(names):
         raise InputError(f"{', '.join(map(str, paths))}: two files of one name, which is that of the split; rename one")
     return dict(zip(names, paths, strict=True))
+
+
+def _read_class_names(path: Path) -> dict[str, str]:
+    names: dict[str, str] = {}
+    try:
+        with _open(path) as file:
+            for row in csv.reader(file):
+                if len(row) != 2:
+                    raise InputError(f"{path}: expected two columns, a class and its name; got {shown(row)}")
+                names[row[0].strip()] = row[1].strip()
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: is not valid CSV in UTF-8 ({error})") from error
+    return names
 
 
 @contextmanager
@@ -154,7 +171,8 @@ class _Table:
             if not _is_row(header):
                 wanted = "; ".join(f"{key}: {', '.join(HEADERS[key][:4])}" for key in REQUIRED)
                 raise InputError(
-                    f"{path}: not all columns are there ({wanted}). It has {shown(list(header))}; rename them"
+                    f"{path}: not all columns are there ({wanted}). It has {shown(list(header))}; rename them (x2, y2 is "
+                    "the other corner, no width and height)"
                 )
             columns = {key: place for place, key in enumerate(HEADERLESS)}
             self._rows = chain([(1, header)], lines)
@@ -197,7 +215,9 @@ def _is_row(fields: Sequence[str]) -> bool:
     return len(fields) == len(HEADERLESS) and (numbers(corners) is not None or not any(corners))
 
 
-def _read_table(table: _Table, collector: Collector, *, normalized: bool, one_based: bool) -> None:
+def _read_table(
+    table: _Table, collector: Collector, names: Mapping[str, str], *, normalized: bool, one_based: bool
+) -> None:
     """Take the rows.
 
     Raises:
@@ -226,7 +246,8 @@ def _read_table(table: _Table, collector: Collector, *, normalized: bool, one_ba
                 continue
             box = _in_pixels(stated, image, fractions=fractions, one_based=one_based)
         is_crowd = number(values.get("crowd", "0")) == 1
-        label = collector.label(where, values["class"], box, is_crowd=is_crowd)
+        class_name = names.get(values["class"], values["class"])
+        label = collector.label(where, class_name, box, is_crowd=is_crowd)
         if label is not None:
             image.labels.append(label)
             if stated is not None and one_based and not fractions:

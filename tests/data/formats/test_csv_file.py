@@ -137,6 +137,19 @@ def test_files_that_are_none(images: Path, text: str | bytes, message: str) -> N
     assert "\n" not in str(error.value)
 
 
+def test_names_of_codes(images: Path, tmp_path: Path) -> None:
+    codes = tmp_path / "codes.csv"
+    codes.write_text('LabelName,DisplayName\n/m/01,Cat\n/m/02,"Dog, big"\n')
+    table = "a.jpg,0,0,9,9,/m/02\na.jpg,0,0,9,9,/m/01\na.jpg,0,0,9,9,/m/03\n"
+    data = read(images, table, class_names=codes)
+    assert [label.name for label in data.splits["train"].images[0].labels] == ["Dog, big", "Cat", "/m/03"]
+    assert data.classes == ("/m/03", "Cat", "Dog, big")
+    for text in (b"/m/01,Cat,3\n", b"\xff\n"):
+        codes.write_bytes(text)
+        with pytest.raises(InputError, match=r"codes\.csv"):
+            read(images, table, class_names=codes)
+
+
 def test_files_of_one_name(images: Path) -> None:
     for folder, name in {"train": "a.jpg", "valid": "b.jpg"}.items():
         (images / folder).mkdir()
