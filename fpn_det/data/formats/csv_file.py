@@ -171,8 +171,8 @@ class _Table:
             if not _is_row(header):
                 wanted = "; ".join(f"{key}: {', '.join(HEADERS[key][:4])}" for key in REQUIRED)
                 raise InputError(
-                    f"{path}: not all columns are there ({wanted}). It has {shown(list(header))}; rename them (x2, y2 is "
-                    "the other corner, no width and height)"
+                    f"{path}: not all columns are there ({wanted}). It has {shown(list(header))}; rename them (x2, y2 "
+                    "are the other corner, not width and height)"
                 )
             columns = {key: place for place, key in enumerate(HEADERLESS)}
             self._rows = chain([(1, header)], lines)
