@@ -36,6 +36,20 @@ DEFAULT_STEPS = 90_000
 COMMAND_LINE = "command line"
 _ABSENT = object()
 
+OTHER_NAMES = {
+    "learning_rate": "optim.lr",
+    "max_iter": "train.steps",
+    "iterations": "train.steps",
+    "ims_per_batch": "train.batch_size",
+    "image_size": "data.short_sides",
+    "optimizer": "optim.kind",
+    "amp": "train.precision",
+}
+"""What other frameworks call a key, where no word in it tells."""
+
+SAME_SECTION = 0.1  # of the likeness of keys
+ALIKE = 0.75
+
 Count = Annotated[int, Field(ge=1)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
@@ -1018,10 +1032,24 @@ def _explain(item: ErrorDetails, loc: Sequence[int | str], merged: dict[str, Any
 
 
 def _nearest(unknown: str) -> list[str]:
-    """Full paths of the keys that an unknown one may mean: the same name elsewhere, else similar spelling."""
-    known = _known_keys(Config)
-    same_name = [key for key in known if key.split(".")[-1] == unknown.split(".")[-1]]
-    return same_name[:3] or difflib.get_close_matches(unknown, known, n=1)
+    """Full paths of the keys that an unknown one may mean: those whose last names are most alike."""
+    section, _, name = re.sub(r"\[\d+\]", "", unknown).lower().rpartition(".")
+    meant = [(key, *key.rpartition(".")[::2]) for key in _known_keys(Config)]
+    meant += [(key, key.rpartition(".")[0], alias) for alias, key in OTHER_NAMES.items()]
+    scores: dict[str, float] = {}
+    for key, its_section, its_name in meant:
+        score = _likeness(name, its_name) + SAME_SECTION * (section == its_section)
+        scores[key] = max(score, scores.get(key, 0.0))
+    best = max(scores.values())
+    return [key for key, score in scores.items() if score == best][:3] if best >= ALIKE else []
+
+
+def _likeness(a: str, b: str) -> float:
+    """How alike two names are, 0..1: by spelling, or because all words of one are in the other, as in batch_size."""
+    words, others = set(a.split("_")), set(b.split("_"))
+    nested = words <= others or others <= words
+    shared = 0.6 + 0.4 * len(words & others) / len(words | others) if nested else 0.0
+    return max(shared, difflib.SequenceMatcher(None, a, b).ratio())
 
 
 def _known_keys(model: type[BaseModel], prefix: str = "") -> list[str]:

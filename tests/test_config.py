@@ -12,6 +12,7 @@ from pydantic import ValidationError
 
 from fpn_det import config as config_module
 from fpn_det.config import (
+    OTHER_NAMES,
     BackboneConfig,
     Config,
     DataConfig,
@@ -20,6 +21,7 @@ from fpn_det.config import (
     SplitConfig,
     TrainConfig,
     dump_config,
+    flatten,
     load_config,
     parse_config,
 )
@@ -393,6 +395,12 @@ def test_parts_that_do_not_fit_together():
 # Refusals
 
 
+def test_other_names_lead_to_keys():
+    values = flatten(Config(name="x").model_dump(mode="json"))
+    assert set(OTHER_NAMES.values()) <= values.keys()
+    assert not {name for name in OTHER_NAMES if any(key.split(".")[-1] == name for key in values)}
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
@@ -401,6 +409,21 @@ def test_parts_that_do_not_fit_together():
         ("optm.lr=1", "optm: unknown key; did you mean optim?"),
         ("lr=1", "lr: unknown key; did you mean optim.lr?"),
         ("batch_size=1", "batch_size: unknown key; did you mean train.batch_size or eval.batch_size?"),
+        ("optim.learning_rate=1", "optim.learning_rate: unknown key; did you mean optim.lr?"),
+        ("optim.leraning_rate=1", "optim.leraning_rate: unknown key; did you mean optim.lr?"),
+        ("base_lr=1", "base_lr: unknown key; did you mean optim.lr?"),
+        ("optim.weight_decy=1", "optim.weight_decy: unknown key; did you mean optim.weight_decay?"),
+        ("num_epochs=1", "num_epochs: unknown key; did you mean train.epochs?"),
+        ("train.max_epochs=1", "train.max_epochs: unknown key; did you mean train.epochs?"),
+        ("train.batch=1", "train.batch: unknown key; did you mean train.batch_size?"),
+        ("batch=1", "batch: unknown key; did you mean train.batch_size or eval.batch_size?"),
+        ("workers=1", "workers: unknown key; did you mean data.num_workers?"),
+        ("data.workers=1", "data.workers: unknown key; did you mean data.num_workers?"),
+        ("train.lr=1", "train.lr: unknown key; did you mean optim.lr?"),
+        ("max_iter=1", "max_iter: unknown key; did you mean train.steps?"),
+        ("eval.batchsize=1", "eval.batchsize: unknown key; did you mean eval.batch_size?"),
+        ("model.backbone.nme=1", "model.backbone.nme: unknown key; did you mean model.backbone.name?"),
+        ("optimizer=adamw", "optimizer: unknown key; did you mean optim.kind?"),
         ("zzzzqq=1", "zzzzqq: unknown key"),
         ("optim.lr='3'", 'optim.lr: must be a valid number, received "3"'),
         ("optim.lr=true", "optim.lr: must be a valid number, received true"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -182,6 +183,20 @@ def test_from_labelme(run) -> None:
     assert read("out/val.json")["annotations"][0]["bbox"] == [1, 1, 4, 4]
 
 
+def test_what_is_in_one_file_can_be_divided_by_the_printed_command(run) -> None:
+    Path("a b").mkdir()
+    for name in "abcdefgh":
+        Image.new("RGB", (9, 9)).save(f"a b/{name}.png")
+    Path("all.csv").write_text("".join(f"{name}.png,1,1,5,5,cat\n" for name in "abcdefgh"))
+    out = run("from-csv", "all.csv", "--images", "a b", "--output", "out")
+    command = shlex.split(out.splitlines()[-1])
+    assert command[:2] == ["python", "tools/convert_data.py"]
+    run(*command[2:])
+    assert [len(read(f"out/{split}.json")["images"]) for split in ("train", "val")] == [6, 2]
+    Path("all.csv").rename("train.csv")
+    assert "to divide it" not in run("from-csv", "train.csv", "--images", "a b", "--output", "two")
+
+
 def test_an_empty_result_is_refused(run) -> None:
     Path("val").mkdir()
     Image.new("RGB", (9, 9)).save("val/a.png")
@@ -193,10 +208,10 @@ def test_an_empty_result_is_refused(run) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("from-voc", "nowhere", "--output", "o"), "nowhere: no folder JPEGImages"),
+        (("from-voc", "nowhere", "--output", "o"), "nowhere: no such folder"),
         (("from-yolo", "nowhere", "--output", "o"), "nowhere: no such file"),
         (("from-csv", "nowhere.csv", "--images", ".", "--output", "o"), "nowhere.csv: cannot be read"),
-        (("from-labelme", "nowhere", "--output", "o"), "nowhere: no JSON file"),
+        (("from-labelme", "nowhere", "--output", "o"), "nowhere: no such folder"),
         (("to-yolo", "--output", "o"), "--train, --val, --test"),
         (("split", "nowhere.json", "--fractions", "a=0.5", "b=0.5", "--output", "o"), "nowhere.json: cannot be read"),
         (("split", "nowhere.json", "--fractions", "a=0.5", "a=0.5", "--output", "o"), "a name is there twice: a a"),

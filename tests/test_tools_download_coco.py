@@ -138,6 +138,9 @@ def test_by_default_what_evaluation_needs(run, tmp_path: Path) -> None:
     zips = {ARCHIVES[part].name: ZIPS[part] for part in ("val", "annotations")}
     assert files(tmp_path / "coco") == CONTENT["val"] | CONTENT["annotations"] | zips
     assert "to train, add --parts train. To evaluate:\n  python tools/eval.py" in outcome.out
+    assert "not needed any more" not in outcome.out
+    assert "val2017.zip is not needed any more" in run().out
+    assert (tmp_path / "coco/val2017.zip").exists()
 
 
 def test_a_server_that_cuts_connections(run, server: Server, tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import re
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
@@ -91,6 +92,7 @@ def from_csv(args: argparse.Namespace) -> None:
         classes=args.classes,
         normalized=args.normalized,
         one_based=args.one_based,
+        class_names=args.class_names,
     )
     _write_labels(data, args, "CSV")
 
@@ -124,6 +126,11 @@ def _write_labels(data: LabelledData, args: argparse.Namespace, name: str) -> No
     _say_config(
         {split: (data.splits[split].folder, path) for split, path in written.items()}, follow_links=args.follow_links
     )
+    if len(written) == 1 and written.keys().isdisjoint(SPLITS):
+        ((split, path),) = written.items()
+        options = ["--images", str(data.splits[split].folder), "--fractions", "train=0.8", "val=0.2"]
+        command = shlex.join(["split", str(path), *options, "--output", str(args.output)])
+        say(f"\nto divide it:\n  python tools/convert_data.py {command}")
 
 
 # --- From COCO format ---
@@ -305,6 +312,9 @@ def _parser() -> argparse.ArgumentParser:
     table.add_argument("source", type=Path, nargs="+", help="tables, each called as its split is to be")
     table.add_argument("--normalized", action="store_true", help="corners are fractions of the image")
     table.add_argument("--one-based", action="store_true", help="corners count pixels from 1, the last one included")
+    table.add_argument(
+        *("--class-names",), type=Path, metavar="FILE", help="table of codes and names, as Open Images has it"
+    )
     _add_reading(table, images_required=True)
 
     labelme = add("from-labelme", from_labelme, "LabelMe JSON to COCO format, one file per folder")

@@ -53,6 +53,8 @@ def run(parts: list[str], folder: Path, *, server: str, keep_zips: bool) -> None
         get_archive(archive, folder, server=server, keep_zip=keep_zips)
     for archive in wanted:
         say(f"complete: {folder / archive.pattern} ({archive.num_files_in(folder):,} files)")
+        if not keep_zips and (folder / archive.name).exists():  # of an earlier run that was killed, or kept it
+            say(f"  {folder / archive.name} is not needed any more")
     has_annotations = ARCHIVES["annotations"].is_complete_in(folder)
     usable = [split for split in ("train", "val") if has_annotations and ARCHIVES[split].is_complete_in(folder)]
     for split in usable:

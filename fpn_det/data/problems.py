@@ -236,6 +236,19 @@ class Defect(Enum):
         "a box without area, a slip of the mouse: written as such, training leaves it out",
         "Draw it anew or delete the label",
     )
+    LABEL_BEFORE_FIRST = (
+        "annotation",
+        "kept",
+        "a corner before the first pixel, which was taken to be 1",
+        "If the tool that wrote them counts from 0 (CVAT, Roboflow), each box is off by a pixel: add --zero-based, or "
+        "leave out --one-based (CSV)",
+    )
+    SOURCE_SPLIT_MISSING = (
+        "file",
+        "left out",
+        "the images of a split are not there",
+        "Correct the path in data.yaml, or delete the line if there is no such split",
+    )
     IMAGE_TURNED = (
         "image",
         "left out",

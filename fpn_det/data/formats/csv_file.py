@@ -14,7 +14,7 @@ from __future__ import annotations
 import csv
 import stat
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
@@ -24,10 +24,12 @@ from tqdm import tqdm
 
 from fpn_det.data.formats.image_folder import ImageFolder
 from fpn_det.data.formats.labels import (
+    SPLIT_FOLDERS,
     Collector,
     LabelledData,
     LabelledImage,
     LabelledSplit,
+    counted_from_1,
     number,
     numbers,
     occurring_classes,
@@ -75,6 +77,7 @@ def read_csv(
     classes: Sequence[str] | None = None,
     normalized: bool = False,
     one_based: bool = False,
+    class_names: Path | None = None,
 ) -> LabelledData:
     """Read tables of boxes; what is wrong with single rows is collected, not raised.
 
@@ -82,26 +85,28 @@ def read_csv(
     row, else by its file name in any folder; ids without a suffix (Open Images) by the name of the file without it.
 
     Args:
-        paths: the files; each is a split, called as the file is.
+        paths: the files; each is a split, called as the file is, or, where these have one name, as its folder
+            (Roboflow: train/_annotations.csv, valid/_annotations.csv).
         images: the folder of the images.
         classes: the only classes, in the order of their ids; by default those that occur, sorted.
         normalized: corners are fractions of the image; of Open Images they always are.
         one_based: corners count pixels from 1, the last one included, as in tables that were made of VOC XML.
+        class_names: a table of two columns, what a class is called in `paths` and its name, as Open Images'
+            class-descriptions-boxable.csv; classes that are not in it keep what they are called.
 
     Raises:
         InputError: a file is not such a table, two files share a name, or the boxes look like fractions.
     """
-    if len({path.stem for path in paths}) < len(paths):
-        raise InputError(f"{', '.join(map(str, paths))}: two files of one name, which is that of the split; rename one")
+    names = {} if class_names is None else _read_class_names(class_names)
     problems: list[Problem] = []
     splits: dict[str, LabelledSplit] = {}
     folder = ImageFolder(images)
     unlabelled = set(folder.names)
-    for path in paths:
+    for split, path in _split_names(paths).items():
         collector = Collector(folder, problems, classes)
         with _open(path) as file:
-            _read_table(_Table(path, file), collector, normalized=normalized, one_based=one_based)
-        splits[path.stem] = collector.split()
+            _read_table(_Table(path, file), collector, names, normalized=normalized, one_based=one_based)
+        splits[split] = collector.split()
         unlabelled &= collector.unlabelled()
     return LabelledData(
         splits=splits,
@@ -109,6 +114,29 @@ def read_csv(
         problems=problems,
         num_unlabelled=len(unlabelled),
     )
+
+
+def _split_names(paths: Sequence[Path]) -> dict[str, Path]:
+    names = [path.stem for path in paths]
+    if len(set(names)) < len(names):
+        folders = [path.resolve().parent.name for path in paths]
+        names = [SPLIT_FOLDERS.get(folder, folder) for folder in folders]
+    if len(set(names)) < len(names):
+        raise InputError(f"{', '.join(map(str, paths))}: two files of one name, which is that of the split; rename one")
+    return dict(zip(names, paths, strict=True))
+
+
+def _read_class_names(path: Path) -> dict[str, str]:
+    names: dict[str, str] = {}
+    try:
+        with _open(path) as file:
+            for row in csv.reader(file):
+                if len(row) != 2:
+                    raise InputError(f"{path}: expected two columns, a class and its name; got {shown(row)}")
+                names[row[0].strip()] = row[1].strip()
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: is not valid CSV in UTF-8 ({error})") from error
+    return names
 
 
 @contextmanager
@@ -143,7 +171,8 @@ class _Table:
             if not _is_row(header):
                 wanted = "; ".join(f"{key}: {', '.join(HEADERS[key][:4])}" for key in REQUIRED)
                 raise InputError(
-                    f"{path}: not all columns are there ({wanted}). It has {shown(list(header))}; rename them"
+                    f"{path}: not all columns are there ({wanted}). It has {shown(list(header))}; rename them (x2, y2 "
+                    "are the other corner, not width and height)"
                 )
             columns = {key: place for place, key in enumerate(HEADERLESS)}
             self._rows = chain([(1, header)], lines)
@@ -186,7 +215,9 @@ def _is_row(fields: Sequence[str]) -> bool:
     return len(fields) == len(HEADERLESS) and (numbers(corners) is not None or not any(corners))
 
 
-def _read_table(table: _Table, collector: Collector, *, normalized: bool, one_based: bool) -> None:
+def _read_table(
+    table: _Table, collector: Collector, names: Mapping[str, str], *, normalized: bool, one_based: bool
+) -> None:
     """Take the rows.
 
     Raises:
@@ -204,19 +235,23 @@ def _read_table(table: _Table, collector: Collector, *, normalized: bool, one_ba
         corners = [values[key] for key in CORNERS]
         if image is None or not any([*corners, values["class"]]):
             continue
-        box = numbers(corners)
-        if box is not None:
+        stated = numbers(corners)
+        box: Sequence[float] | None = None
+        if stated is not None:
             num_boxes += 1
-            is_small = all(0 <= value <= 1 for value in box)
+            is_small = all(0 <= value <= 1 for value in stated)
             num_small += is_small
             if fractions and not is_small:
                 collector.note(Defect.LABEL_FRACTIONS, where, shown(corners))
                 continue
-            box = _in_pixels(box, image, fractions=fractions, one_based=one_based)
+            box = _in_pixels(stated, image, fractions=fractions, one_based=one_based)
         is_crowd = number(values.get("crowd", "0")) == 1
-        label = collector.label(where, values["class"], box, is_crowd=is_crowd)
+        class_name = names.get(values["class"], values["class"])
+        label = collector.label(where, class_name, box, is_crowd=is_crowd)
         if label is not None:
             image.labels.append(label)
+            if stated is not None and one_based and not fractions:
+                collector.check_first_pixel(where, stated)
     if not images:
         raise InputError(f"{path}: no row below the names of the columns")
     if not fractions and num_boxes >= MIN_BOXES_TO_JUDGE and num_small == num_boxes:
@@ -225,12 +260,11 @@ def _read_table(table: _Table, collector: Collector, *, normalized: bool, one_ba
         )
 
 
-def _in_pixels(box: Sequence[float], image: LabelledImage, *, fractions: bool, one_based: bool) -> list[float]:
-    x1, y1, x2, y2 = box
+def _in_pixels(box: Sequence[float], image: LabelledImage, *, fractions: bool, one_based: bool) -> Sequence[float]:
     if fractions:
-        height, width = image.size
-        return [x1 * width, y1 * height, x2 * width, y2 * height]
-    return [x1 - 1, y1 - 1, x2, y2] if one_based else [x1, y1, x2, y2]
+        (x1, y1, x2, y2), (height, width) = box, image.size
+        return x1 * width, y1 * height, x2 * width, y2 * height
+    return counted_from_1(box) if one_based else box
 
 
 def _stated_size(values: dict[str, str]) -> tuple[int, int] | None:

@@ -53,6 +53,8 @@ def read_labelme(
     splits: dict[str, LabelledSplit] = {}
     num_unlabelled = 0
     for folder in folders:
+        if not folder.is_dir():
+            raise InputError(f"{folder}: no such folder; paths are relative to the current folder")
         files = sorted(folder.rglob("*.json"))
         if not files:
             raise InputError(f"{folder}: no JSON file in this folder")

@@ -20,6 +20,9 @@ from fpn_det.structures import InputError
 MAX_LABEL_BYTES = 2**26
 """Larger files with the labels of one image are not read."""
 
+SPLIT_FOLDERS = {"train": "train", "val": "val", "valid": "val", "test": "test"}
+"""Folders that are a split each, and what it is called here."""
+
 DECIMALS = 6
 """Of the numbers in a COCO-format file: a millionth of a pixel."""
 
@@ -171,6 +174,11 @@ class Collector:
             self.note(Defect.LABEL_EMPTY, where, f"{name if name.isprintable() else shown(name)} {shown([*box])}")
         return Label(name, (x1, y1, x2, y2), is_crowd)
 
+    def check_first_pixel(self, where: str, corners: Sequence[float]) -> None:
+        """Note corners (XYXY) below 1 that were read as counted from 1: the data set may count from 0."""
+        if min(corners[:2]) < 1:
+            self.note(Defect.LABEL_BEFORE_FIRST, where, shown([*corners]))
+
     def unlabelled(self) -> set[str]:
         """The images of the folder that no labels are about."""
         return self.folder.names - set(self._taken)
@@ -201,6 +209,19 @@ def bounds(points: Sequence[Sequence[float]]) -> Box:
     """The box around points (x, y), of which there is at least one."""
     xs, ys = [x for x, _ in points], [y for _, y in points]
     return min(xs), min(ys), max(xs), max(ys)
+
+
+def counted_from_1(corners: Sequence[float]) -> Box:
+    """The continuous box of corners that count pixels from 1, the last one included.
+
+    A pixel has a width here, so the corners xmin, xmax become x1 = xmin - 1, x2 = xmax; the same for y. Corners that
+    coincide are no box of one pixel but a click without a drag: no area.
+    """
+    x1, y1, x2, y2 = corners
+    if (x1 == x2 and y1 <= y2) or (y1 == y2 and x1 <= x2):
+        return x1 - 1, y1 - 1, x1 - 1, y1 - 1
+    # Swapped corners stay swapped, also those that lie next to each other.
+    return x1 - 1, y1 - 1, x2 - (x2 < x1), y2 - (y2 < y1)
 
 
 def read_bytes(path: Path) -> bytes:

@@ -1,7 +1,6 @@
 """Pascal VOC: one XML file per image, corners counted from 1, the last pixel included.
 
-Source: the VOC2012 development kit, section 3 ("Ground truth annotation"). A pixel has a width here, so the corners
-xmin, xmax become x1 = xmin - 1, x2 = xmax; the same for y.
+Source: the VOC2012 development kit, section 3 ("Ground truth annotation").
 """
 
 from __future__ import annotations
@@ -17,10 +16,11 @@ from tqdm import tqdm
 
 from fpn_det.data.formats.image_folder import ImageFolder, stem
 from fpn_det.data.formats.labels import (
-    Box,
+    SPLIT_FOLDERS,
     Collector,
     LabelledData,
     LabelledSplit,
+    counted_from_1,
     number,
     numbers,
     occurring_classes,
@@ -55,9 +55,10 @@ def read_voc(
 
     Args:
         folder: XML files (in folders, too), or a data set as VOC lays it out: Annotations, JPEGImages, ImageSets.
-        images: the folder of the images, by default JPEGImages.
+        images: the folder of the images, by default JPEGImages, or `folder` where images lie beside the XML files.
         sets: files with one image name (without suffix) per line, by the name of the split; by default those of
-            ImageSets/Main that are called train, val and test. Without any, all is one split `all`.
+            ImageSets/Main that are called train, val and test. Without any, all is one split `all`, unless all is in
+            folders called train, valid (or val) and test, as Roboflow exports it: these are a split each then.
         classes: the only classes, in the order of their ids; by default those that occur, sorted.
         zero_based: the corners are continuous pixels from 0, as CVAT and Roboflow write them.
         difficult: see `Difficult`.
@@ -65,21 +66,19 @@ def read_voc(
     Raises:
         InputError: a folder or set cannot be read, or there is no XML file.
     """
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such folder; paths are relative to the current folder")
     annotations = folder / "Annotations" if (folder / "Annotations").is_dir() else folder
-    if images is None:
-        images = folder / "JPEGImages"
-        if not images.is_dir():
-            raise InputError(f"{folder}: no folder JPEGImages in it; name the folder of the images with --images")
     suffix = ".xml"
     files = {path.relative_to(annotations).as_posix()[: -len(suffix)]: path for path in annotations.rglob(f"*{suffix}")}
     if not files:
         raise InputError(f"{annotations}: no XML file in this folder")
+    image_folder = _find_images(folder) if images is None else ImageFolder(images)
     main = folder / "ImageSets" / "Main"
     sets = sets or {name: main / f"{name}.txt" for name in SETS if (main / f"{name}.txt").is_file()}
-    members = {name: _read_set(path) for name, path in sets.items()} or {"all": sorted(files)}
+    members = {name: _read_set(path) for name, path in sets.items()} or _by_folder(sorted(files))
 
     problems: list[Problem] = []
-    image_folder = ImageFolder(images)
     splits: dict[str, LabelledSplit] = {}
     unlabelled = set(image_folder.names)
     for split, names in members.items():
@@ -99,6 +98,22 @@ def read_voc(
         problems=problems,
         num_unlabelled=len(unlabelled),
     )
+
+
+def _find_images(folder: Path) -> ImageFolder:
+    images = ImageFolder(folder / "JPEGImages" if (folder / "JPEGImages").is_dir() else folder)
+    if not images.names:
+        raise InputError(f"{images.path}: no image in this folder; name the folder of the images with --images")
+    return images
+
+
+def _by_folder(names: Sequence[str]) -> dict[str, list[str]]:
+    """The names of each split, if all are in folders that are called so; else all as one."""
+    splits: dict[str | None, list[str]] = {}
+    for name in names:
+        first, slash, _ = name.partition("/")
+        splits.setdefault(SPLIT_FOLDERS.get(first) if slash else None, []).append(name)
+    return {"all": [*names]} if None in splits else {split: splits[split] for split in SETS if split in splits}
 
 
 def _read_set(path: Path) -> list[str]:
@@ -133,23 +148,13 @@ def _read_file(path: Path, name: str, collector: Collector, *, zero_based: bool,
             continue
         class_name = (element.findtext("name") or "").strip()
         corners = numbers(element.findtext(f"bndbox/{key}") for key in CORNERS)
-        box = None if corners is None else _box(corners, zero_based=zero_based)
-        label = collector.label(
-            f"{path}, object {position}", class_name, box, is_crowd=is_difficult and difficult == "crowd"
-        )
+        box = corners if corners is None or zero_based else counted_from_1(corners)
+        where = f"{path}, object {position}"
+        label = collector.label(where, class_name, box, is_crowd=is_difficult and difficult == "crowd")
         if label is not None:
             image.labels.append(label)
-
-
-def _box(corners: Sequence[float], *, zero_based: bool) -> Box:
-    """XYXY, continuous. Corners that coincide are no box of one pixel but a click without a drag: no area."""
-    x1, y1, x2, y2 = corners
-    if zero_based:
-        return x1, y1, x2, y2
-    if (x1 == x2 and y1 <= y2) or (y1 == y2 and x1 <= x2):
-        return x1 - 1, y1 - 1, x1 - 1, y1 - 1
-    # Swapped corners stay swapped, also those that lie next to each other.
-    return x1 - 1, y1 - 1, x2 - (x2 < x1), y2 - (y2 < y1)
+            if corners is not None and not zero_based:
+                collector.check_first_pixel(where, corners)
 
 
 def parse_xml(data: bytes) -> ElementTree.Element:

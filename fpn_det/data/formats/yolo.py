@@ -58,10 +58,12 @@ class _Layout:
         names: of the classes, by their index.
         folders: of the images of each split, or lists of images (*.txt).
         has_keypoints: lines hold keypoints after the box.
+        missing: what data.yaml names for testing and is not there, as in exports without test images.
     """
 
     names: tuple[str, ...]
     folders: dict[str, list[Path]]
+    missing: Sequence[Path] = ()
     has_keypoints: bool = False
 
 
@@ -72,11 +74,11 @@ def read_yolo(source: Path, *, images: Path | None = None, classes: Sequence[str
     image without such a file is one without objects. Polygons become the boxes around them.
 
     Args:
-        source: data.yaml (its keys names, path, train, val, test), or a folder that holds it; or a folder with
-            classes.txt (a name per line), of which all images are one split `all`, or those in the folders
-            images/train, images/val, images/test are a split each.
-        images: the folder of the images, for all of `source`; for labels that are not laid out as above: its
-            counterpart of `a/b.jpg` is `a/b.txt` in `source`.
+        source: data.yaml (its keys names, path, train, val, test), or a folder that holds it, or one other YAML file;
+            or a folder with classes.txt (a name per line). Where no key names images, all below are one split `all`,
+            or those in the folders images/train, images/val, images/test are a split each.
+        images: the folder of the images, for all of `source`; for labels that are not laid out as above: the
+            counterpart of `a/b.jpg` in it is `a/b.txt` in `source`, or in the folder `labels` there, if there is one.
         classes: the only classes, in the order of their ids; without data.yaml and classes.txt, the names of the
             indices. By default all of them.
 
@@ -84,9 +86,11 @@ def read_yolo(source: Path, *, images: Path | None = None, classes: Sequence[str
         InputError: data.yaml, the names or a folder cannot be read, or there is no image.
     """
     layout = _read_layout(source, images, classes)
-    labels = None if images is None else source if source.is_dir() else source.parent
+    labels = None if images is None else _labels_folder(source)
     problems: list[Problem] = []
     splits: dict[str, LabelledSplit] = {}
+    for path in layout.missing:
+        problems.append(Problem(Defect.SOURCE_SPLIT_MISSING, None, None, shown(str(path))))
     for split, folders in layout.folders.items():
         folder, files = _find_images(folders)
         collector = Collector(folder, problems, classes)
@@ -100,12 +104,16 @@ def read_yolo(source: Path, *, images: Path | None = None, classes: Sequence[str
 
 
 def _read_layout(source: Path, images: Path | None, classes: Sequence[str] | None) -> _Layout:
-    config = source / "data.yaml" if source.is_dir() else source
+    config = _find_yaml(source)
     if config.is_file():
         content = _read_yaml(config)
         names = _read_names(config, content.get("names"))
-        folders = {"all": [images]} if images else _read_folders(config, content)
-        return _Layout(names=names, folders=folders, has_keypoints="kpt_shape" in content)
+        missing: list[Path] = []
+        if images is None and any(content.get(key) for key in SETS):
+            folders, missing = _read_folders(config, content)
+        else:
+            folders = _usual_folders(config.parent, images)
+        return _Layout(names=names, folders=folders, missing=missing, has_keypoints="kpt_shape" in content)
     if not source.is_dir():
         raise InputError(f"{source}: no such file. Name data.yaml, or the folder that holds it or classes.txt")
     if (source / "classes.txt").is_file():
@@ -118,9 +126,29 @@ def _read_layout(source: Path, images: Path | None, classes: Sequence[str] | Non
             f"{source}: neither data.yaml nor classes.txt is in it. Give the names of the classes, in the order of "
             "their indices, with --classes"
         )
+    return _Layout(names=names, folders=_usual_folders(source, images))
+
+
+def _usual_folders(source: Path, images: Path | None) -> dict[str, list[Path]]:
     root = images or (source / "images" if (source / "images").is_dir() else source)
     parts = {name: [root / name] for name in SETS if images is None and (root / name).is_dir()}
-    return _Layout(names=names, folders=parts or {"all": [root]})
+    return parts or {"all": [root]}
+
+
+def _labels_folder(source: Path) -> Path:
+    folder = source if source.is_dir() else source.parent
+    return folder / "labels" if (folder / "labels").is_dir() else folder
+
+
+def _find_yaml(source: Path) -> Path:
+    """data.yaml in the folder, or the only other YAML file; the file itself, if it is no folder."""
+    if not source.is_dir():
+        return source
+    usual = source / "data.yaml"
+    if usual.exists() or (source / "classes.txt").exists():
+        return usual
+    found = [path for path in source.iterdir() if path.suffix in (".yaml", ".yml")]
+    return found[0] if len(found) == 1 else usual
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
@@ -154,32 +182,42 @@ def _check_names(path: Path, names: Sequence[str]) -> None:
         raise InputError(f"{path}: {value}; give every class a name of its own")
 
 
-def _read_folders(path: Path, content: dict[str, Any]) -> dict[str, list[Path]]:
+def _read_folders(path: Path, content: dict[str, Any]) -> tuple[dict[str, list[Path]], list[Path]]:
+    """The folders and lists of each split, and those for testing that are not there."""
     root = path.parent
     stated = content.get("path")
     if isinstance(stated, str) and (root / stated).is_dir():  # else it is that of another machine
         root = root / stated
     folders: dict[str, list[Path]] = {}
+    missing: list[Path] = []
     for key in SETS:
         values = content.get(key) or []
         values = values if isinstance(values, list) else [values]
         if not all(isinstance(value, str) and "\0" not in value for value in values):
             raise InputError(f"{path}: {key}: expected a folder or a list of folders; got {shown(content[key])}")
-        found = [_existing(path, root, key, value) for value in values]
+        found = []
+        for value in values:
+            tried = _candidates(path, root, value)
+            existing = next((candidate for candidate in tried if candidate.exists()), None)
+            if existing is not None:
+                found.append(existing)
+            elif key == "test":
+                missing.append(tried[0])
+            else:
+                raise InputError(
+                    f"{path}: {key}: {shown(value)} does not exist (looked for {tried[0]}); correct it, or `path`"
+                )
         if found:
             folders[key] = found
     if not folders:
-        raise InputError(f"{path}: none of the keys {', '.join(SETS)} names a folder of images")
-    return folders
+        raise InputError(f"{path}: no folder of images that it names is there")
+    return folders, missing
 
 
-def _existing(path: Path, root: Path, key: str, value: str) -> Path:
-    """The folder or list that data.yaml names; exports of Roboflow write `../train/images` for `train/images`."""
-    tried = [root / value, root / value.removeprefix("../"), path.parent / value]
-    for candidate in tried:
-        if candidate.exists():
-            return candidate
-    raise InputError(f"{path}: {key}: {shown(value)} does not exist (looked for {tried[0]}); correct it, or `path`")
+def _candidates(path: Path, root: Path, value: str) -> list[Path]:
+    """What data.yaml may mean: exports of Roboflow write `../train/images` for `train/images`, some tools `\\`."""
+    value = value.replace("\\", "/")
+    return [root / value, root / value.removeprefix("../"), path.parent / value]
 
 
 def _find_images(sources: Sequence[Path]) -> tuple[ImageFolder, list[str]]:

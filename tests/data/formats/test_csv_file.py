@@ -63,7 +63,11 @@ def test_tables(images: Path, kind: str) -> None:
 
 
 def test_conventions(images: Path) -> None:
-    assert read(images, RETINANET, one_based=True).splits["train"].images[0].labels[0].box == (9, 4, 30, 20)
+    one_based = read(images, RETINANET, one_based=True)
+    assert [label.box for label in one_based.splits["train"].images[0].labels] == [(9, 4, 30, 20), (-1, -1, 100, 50)]
+    assert [p.defect for p in one_based.problems] == [Defect.LABEL_BEFORE_FIRST]
+    click = read(images, "a.jpg,10,5,10,20,cat\n", one_based=True)
+    assert [p.defect for p in click.problems] == [Defect.LABEL_EMPTY]
     half = read(images, "a.jpg,0,0,.5,.5,cat\na.jpg,0,0,1.5,.5,cat", normalized=True)
     assert [label.box for label in half.splits["train"].images[0].labels] == [(0, 0, 50, 25)]
     assert [p.defect for p in half.problems] == [Defect.LABEL_FRACTIONS]
@@ -133,6 +137,28 @@ def test_files_that_are_none(images: Path, text: str | bytes, message: str) -> N
     assert "\n" not in str(error.value)
 
 
+def test_names_of_codes(images: Path, tmp_path: Path) -> None:
+    codes = tmp_path / "codes.csv"
+    codes.write_text('LabelName,DisplayName\n/m/01,Cat\n/m/02,"Dog, big"\n')
+    table = "a.jpg,0,0,9,9,/m/02\na.jpg,0,0,9,9,/m/01\na.jpg,0,0,9,9,/m/03\n"
+    data = read(images, table, class_names=codes)
+    assert [label.name for label in data.splits["train"].images[0].labels] == ["Dog, big", "Cat", "/m/03"]
+    assert data.classes == ("/m/03", "Cat", "Dog, big")
+    for text in (b"/m/01,Cat,3\n", b"\xff\n"):
+        codes.write_bytes(text)
+        with pytest.raises(InputError, match=r"codes\.csv"):
+            read(images, table, class_names=codes)
+
+
 def test_files_of_one_name(images: Path) -> None:
+    for folder, name in {"train": "a.jpg", "valid": "b.jpg"}.items():
+        (images / folder).mkdir()
+        (images / folder / "_annotations.csv").write_text(f"{name},0,0,9,9,{folder}\n")
+    data = read_csv([images / "train/_annotations.csv", images / "valid/_annotations.csv"], images=images)
+    assert {split: part.images[0].file_name for split, part in data.splits.items()} == {
+        "train": "a.jpg",
+        "val": "sub/b.jpg",
+    }
+    assert data.classes == ("train", "valid")
     with pytest.raises(InputError, match="two files of one name"):
-        read_csv([Path("a/train.csv"), Path("b/train.csv")], images=images)
+        read_csv([Path("a/train.csv"), Path("b/a/train.csv")], images=images)

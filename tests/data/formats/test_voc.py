@@ -108,6 +108,31 @@ def test_image_sets(folder: Path) -> None:
     assert data.classes == ("a", "b", "c")  # of all sets
 
 
+def test_corners_below_1_are_noted(folder: Path) -> None:
+    write(folder, "a", an_object(0, 1, 9, 9), an_object(1, 0.5, 9, 9), an_object(1, 1, 9, 9))
+    problems = read_voc(folder).problems
+    assert [p.defect for p in problems] == [Defect.LABEL_BEFORE_FIRST] * 2
+    assert "object 1: [0.0, 1.0, 9.0, 9.0]" in problems[0].value
+    assert read_voc(folder, zero_based=True).problems == []
+
+
+def test_folders_that_are_splits(tmp_path: Path) -> None:
+    for split in ("train", "valid"):
+        (tmp_path / split).mkdir()
+        Image.new("RGB", (64, 48)).save(tmp_path / f"{split}/a b.JPG")
+        text = XML.format(name="a b.JPG", objects=an_object(1, 1, 9, 9, name=split)).replace("><", ">\r\n<")
+        (tmp_path / f"{split}/a b.xml").write_bytes(b"\xef\xbb\xbf" + text.encode())
+    data = read_voc(tmp_path)
+    assert data.problems == []
+    assert data.classes == ("train", "valid")
+    names = {split: [image.file_name for image in part.images] for split, part in data.splits.items()}
+    assert names == {"train": ["train/a b.JPG"], "val": ["valid/a b.JPG"]}
+    (tmp_path / "more").mkdir()
+    (tmp_path / "valid/a b.xml").rename(tmp_path / "more/a b.xml")
+    assert list(read_voc(tmp_path, images=tmp_path).splits) == ["all"]
+    assert list(read_voc(tmp_path / "train").splits) == ["all"]
+
+
 def test_images_are_found_and_their_sizes_decide(folder: Path) -> None:
     images = folder / "JPEGImages"
     write(folder, "a", text=XML.format(name="stale.jpg", objects=""))  # the XML's own name decides

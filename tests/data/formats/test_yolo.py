@@ -45,6 +45,20 @@ def test_there_and_back(test_data: Path, tmp_path: Path) -> None:
         assert found.categories.names == expected.categories.names
 
 
+@pytest.mark.parametrize("images", [None, "images"])
+def test_what_supervision_writes_is_read(shapes: Path, tmp_path: Path, images: str | None) -> None:
+    theirs = supervision.DetectionDataset.from_coco(str(shapes / "val"), str(shapes / "annotations/val.json"))
+    theirs.as_yolo(str(tmp_path / "images"), str(tmp_path / "labels"), str(tmp_path / "data.yaml"))
+    found = read_yolo(tmp_path, images=tmp_path / images if images else None)
+    assert found.problems == []
+    assert [found.classes.index(name) for name in theirs.classes] == list(range(len(theirs.classes)))
+    for image in found.splits["all"].images:
+        expected = theirs.annotations[str(shapes / "val" / image.file_name)]
+        assert [found.classes.index(label.name) for label in image.labels] == expected.class_id.tolist()
+        boxes = np.array([label.box for label in image.labels]).reshape(-1, 4)
+        np.testing.assert_allclose(boxes, expected.xyxy, atol=1e-3)
+
+
 def test_supervision_reads_what_is_written(shapes: Path, tmp_path: Path) -> None:
     data = load_coco(shapes / "annotations/val.json", shapes / "val")
     write_yolo(tmp_path / "yolo", {"val": data}, place="copy")
@@ -249,6 +263,8 @@ def test_upright(folder: Path) -> None:
         "train: ../images/train\nval:\nnames: [cat, dog]",
         "train: {folder}/images/train\nnames: [cat, dog]",
         "train: list.txt\nnames: [cat, dog]",
+        "\ufefftrain: images\\train\r\nnames: [cat, dog]\r\n",
+        "names: [cat, dog]",
         None,
     ],
 )
@@ -267,6 +283,17 @@ def test_layouts(folder: Path, text: str | None, monkeypatch) -> None:
     (split,) = data.splits.values()
     assert [(split.folder / image.file_name).resolve().name for image in split.images] == ["a.jpg", "b.jpg"]
     assert [len(image.labels) for image in split.images] == [1, 0]
+
+
+def test_another_yaml_file_and_no_test_images(folder: Path) -> None:
+    (folder / "data.yaml").write_text("train: images/train\ntest: ../test/images\nnames: [cat, dog]")
+    (folder / "data.yaml").rename(folder / "coco8.yaml")
+    data = read_yolo(folder)
+    assert list(data.splits) == ["train"]
+    assert [(p.defect, "test/images" in p.value) for p in data.problems] == [(Defect.SOURCE_SPLIT_MISSING, True)]
+    (folder / "more.yaml").touch()  # now it is not clear which is meant
+    with pytest.raises(InputError, match=r"neither data\.yaml nor"):
+        read_yolo(folder)
 
 
 def test_labels_beside_images_and_names_on_the_command_line(tmp_path: Path) -> None:
@@ -288,7 +315,7 @@ def test_labels_beside_images_and_names_on_the_command_line(tmp_path: Path) -> N
         ("train: images/train\nnames: [cat, cat]", "several classes are called 'cat'"),
         ("train: images/nowhere\nnames: [cat]", "train: 'images/nowhere' does not exist"),
         ("train: {a: b}\nnames: [cat]", "train: expected a folder"),
-        ("names: [cat]", "none of the keys"),
+        ("test: nowhere\nnames: [cat]", "no folder of images that it names is there"),
         ("names: !!python/object/apply:os.getpid []", "not valid YAML"),
         ("train: labels/train\nnames: [cat]", "no image"),
     ],
