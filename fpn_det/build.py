@@ -121,8 +121,8 @@ def check_num_classes(config: Config, categories: Categories) -> Categories:
     if config.model.num_classes not in (None, len(categories)):
         raise InputError(
             f"model.num_classes is {config.model.num_classes}, but the data set has {len(categories)} classes "
-            f"({', '.join(map(printable, categories.names[:10]))}). Remove model.num_classes: the number comes from the "
-            "data set"
+            f"({', '.join(map(printable, categories.names[:10]))}). Remove model.num_classes: the number comes from "
+            "the data set"
         )
     return categories
 
