@@ -49,7 +49,7 @@ from fpn_det.models.norms import fold_frozen_norms
 from fpn_det.models.roi_head import CascadeRoIHead, ConvFCHead, Res5Head, RoIHead
 from fpn_det.models.roi_pool import MultiLevelRoIAlign
 from fpn_det.models.rpn import RPN, RPNHead, UnsharedRPNHead
-from fpn_det.structures import Categories, InputError, Sample
+from fpn_det.structures import Categories, InputError, Sample, printable
 
 Split = Literal["train", "val"]
 
@@ -123,7 +123,8 @@ def check_num_classes(config: Config, categories: Categories) -> Categories:
     if config.model.num_classes not in (None, len(categories)):
         raise InputError(
             f"model.num_classes is {config.model.num_classes}, but the data set has {len(categories)} classes "
-            f"({', '.join(categories.names[:10])}). Remove model.num_classes: the number comes from the data set"
+            f"({', '.join(map(printable, categories.names[:10]))}). Remove model.num_classes: the number comes from "
+            "the data set"
         )
     return categories
 

@@ -389,7 +389,14 @@ class Detector:
             batches = _batches([look for look in looks if look.transform.horizontal_flip == flipped], batch_size)
             loaded = ahead(partial(_load, images), batches, depth=2, num_threads=NUM_THREADS)
             detected = detect(
-                self.model, loaded, device=self.device, precision=self.precision, flipped=flipped, show_progress=False
+                self.model,
+                loaded,
+                device=self.device,
+                precision=self.precision,
+                flipped=flipped,
+                show_progress=False,
+                memory_remedy="Lower the batch size (batch_size, on the command line --batch-size) or "
+                "data.test_short_side",
             )
             for batch, (_, detections) in zip(batches, detected, strict=True):
                 found.update(zip(batch, detections, strict=True))

@@ -99,6 +99,7 @@ class Overfitting:
         self.truth = ground_truth(data)
         self.batches = build.build_val_loader(config, data)
         self.skipped = SkippedSteps(limit=self.num_steps)
+        self.evaluated: set[int] = set()
 
     def run(self) -> bool:
         """Train, evaluate and tell."""
@@ -138,11 +139,14 @@ class Overfitting:
             log_every=config.train.log_every,
             evaluate_every=build.interval(config.eval.every, self.num_steps),
         )
-        fitted = self.evaluate(done)
+        if done not in self.evaluated:
+            self.evaluate(done)
+        fitted = self.metrics["AP"] > TARGET_AP
+        is_interrupted = done < self.num_steps and not fitted
         images = self.images(self.results, self.proposals())
         log.message(format_table(self.metrics))
         log.message(summary(images))
-        findings = [*beyond, *([] if fitted else self.diagnosis(images))]
+        findings = [*beyond, *([] if fitted or is_interrupted else self.diagnosis(images))]
         self.draw()
         log.write_json(
             "overfit.json",
@@ -155,7 +159,7 @@ class Overfitting:
                 "findings": [{"what": finding.what, "remedy": finding.remedy} for finding in findings],
             },
         )
-        log.message(self.verdict(done, fitted, findings))
+        log.message(self.verdict(done, fitted, findings, is_interrupted=is_interrupted))
         return fitted
 
     def evaluate(self, step: int) -> bool:
@@ -172,6 +176,7 @@ class Overfitting:
         self.metrics: Metrics = evaluated[0]
         self.results: ScoredBoxes = evaluated[1]
         ap, ap50 = self.metrics["AP"], self.metrics["AP50"]
+        self.evaluated.add(step)
         self.log.scalars(step, {"val/AP": ap, "val/AP50": ap50})
         self.log.message(f"step {step}: AP {100 * ap:.1f}, AP50 {100 * ap50:.1f} on the same images")
         return ap > TARGET_AP
@@ -231,14 +236,17 @@ class Overfitting:
             with replacing(self.folder / "pictures" / f"{image_id}.png") as file:
                 Image.fromarray(picture.permute(1, 2, 0).numpy()).save(file, "PNG")
 
-    def verdict(self, step: int, fitted: bool, findings: Sequence[Finding]) -> str:
+    def verdict(self, step: int, fitted: bool, findings: Sequence[Finding], *, is_interrupted: bool) -> str:
         """What it all means, for the end of the log."""
         ap = f"AP {100 * self.metrics['AP']:.1f} after {step} of {self.num_steps} steps"
         if fitted:
             return (
-                f"learned by heart: {ap}. Model, losses, labels and evaluation fit together; what is left to find out "
-                "is how well that generalises"
+                f"learned by heart: {ap}. Model, losses and evaluation work together on this data. Wrong labels and "
+                f"misplaced boxes can be learned by heart, too: see in {self.folder}/pictures whether the boxes on the "
+                "left are right. How well it generalises, training will show"
             )
+        if is_interrupted:
+            return f"interrupted: {ap}. Whether the images can be learned is not known yet"
         reasons = "\n".join(f"{i}. {finding}" for i, finding in enumerate(findings, 1))
         return (
             f"not learned: {ap}, where a detector that fits its data exceeds {100 * TARGET_AP:g}. Pictures are in "

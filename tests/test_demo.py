@@ -8,16 +8,19 @@ import re
 import socket
 import threading
 import time
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
+import anyio
 import numpy as np
 import pytest
 import uvicorn
 from PIL import Image
 from playwright.sync_api import expect
 from starlette.testclient import TestClient
+from starlette.types import Message
 
 from fpn_det.demo.app import make_app
 from fpn_det.structures import Categories
@@ -112,6 +115,43 @@ def test_an_endless_upload_is_cut_off_at_the_limit(client):
             yield b"x" * 10_000
 
     assert client.post("/detect", content=endless(), headers=OCTETS).status_code == 413
+
+
+def test_an_upload_that_never_ends_is_given_up(monkeypatch):
+    monkeypatch.setattr("fpn_det.demo.app.UPLOAD_SECONDS", 0.05)
+    sent: list[Message] = []
+
+    async def run() -> None:
+        is_first = True
+
+        async def receive() -> Message:
+            nonlocal is_first
+            if not is_first:
+                await anyio.sleep(60)
+            is_first = False
+            return {"type": "http.request", "body": b"x", "more_body": True}
+
+        async def send(message: Message) -> None:
+            sent.append(message)
+
+        headers = [(b"host", b"testserver"), (b"content-type", b"application/octet-stream")]
+        scope = {"type": "http", "method": "POST", "path": "/detect", "query_string": b"", "headers": headers}
+        await application()(scope, receive, send)
+
+    anyio.run(run)
+    assert sent[0]["status"] == 408
+
+
+def test_a_page_that_is_closed_while_it_sends_is_no_failure_of_the_server(server, caplog):
+    address = server.removeprefix("http://").split(":")
+    with socket.create_connection((address[0], int(address[1]))) as connection:
+        head = f"POST /detect HTTP/1.1\r\nHost: {address[0]}\r\nContent-Type: application/octet-stream\r\n"
+        connection.sendall(f"{head}Content-Length: 100000\r\n\r\nsome".encode())
+        time.sleep(0.2)
+    time.sleep(0.3)
+    with urllib.request.urlopen(f"{server}/model") as answer:
+        assert answer.status == 200
+    assert "Exception in ASGI application" not in caplog.text
 
 
 def test_names_of_other_sites_are_refused(client):
@@ -213,6 +253,25 @@ def test_dropping_a_file(page):
     )
     page.wait_for_selector("#boxes g")
     assert "dropped.png" in page.inner_text("#message")
+
+
+def test_an_answer_that_is_not_json_is_told(page):
+    page.route("**/detect*", lambda route: route.fulfill(status=429, body="Too Many Requests"))
+    choose(page, "good.png", encoded())
+    expect(page.locator("#message.error")).to_contain_text("the server answers 429")
+    page.unroute("**/detect*")
+
+
+def test_tags_stay_within_the_image(page):
+    found = [{"box": [60, 5, 64, 40], "score": 1, "label": 1}]
+    answer = {"width": 64, "height": 48, "seconds": 1, "detections": found}
+    page.route("**/detect*", lambda route: route.fulfill(json=answer))
+    choose(page, "good.png", encoded())
+    page.wait_for_selector("#boxes g")
+    tag, image = page.locator("#boxes .tag").bounding_box(), page.locator("#image").bounding_box()
+    assert tag["x"] + tag["width"] <= image["x"] + image["width"] + 1
+    assert tag["x"] >= image["x"]
+    page.unroute("**/detect*")
 
 
 @pytest.mark.parametrize("width", [360, 1400])

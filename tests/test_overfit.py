@@ -1,6 +1,9 @@
 """`tools/train.py --overfit`: images that are learned by heart, and a diagnosis where they cannot be."""
 
 import json
+import os
+import re
+import signal
 from pathlib import Path
 
 import pytest
@@ -9,7 +12,7 @@ import torch
 from fpn_det import build
 from fpn_det.config import load_config
 from fpn_det.engine.coco_eval import GroundTruth, read_ground_truth
-from fpn_det.overfit import anchor_shapes, ground_truth, overrides
+from fpn_det.overfit import Overfitting, anchor_shapes, ground_truth, overrides
 
 QUICK = [
     "train.steps=160",
@@ -33,6 +36,8 @@ def test_an_image_is_learned_by_heart(tool, tiny):
     assert (outcome.code, outcome.err) == (0, ""), outcome.out
     assert "1 of the images" in outcome.out
     assert "learned by heart: AP" in outcome.out
+    evaluated = re.findall(r"step (\d+): AP", outcome.out)
+    assert len(set(evaluated)) == len(evaluated) > 0
     folder = Path("runs/quickstart_overfit")
     result = json.loads((folder / "overfit.json").read_text())
     assert result["fitted"]
@@ -42,6 +47,22 @@ def test_an_image_is_learned_by_heart(tool, tiny):
     assert not list(Path("runs/quickstart").iterdir())
     config = load_config(folder / "config.yaml")
     assert (config.optim.schedule, config.train.steps) == ("cosine", 160)
+
+
+def test_an_interrupted_check_gives_no_diagnosis(tool, tiny, monkeypatch):
+    evaluate = Overfitting.evaluate
+
+    def interrupted(self, step: int) -> bool:
+        if step == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        return evaluate(self, step)
+
+    monkeypatch.setattr(Overfitting, "evaluate", interrupted)
+    outcome = tool("train", *tiny, *QUICK, "eval.every=2", "--overfit", 1)
+    assert outcome.code == 1
+    assert "not learned" not in outcome.out
+    assert "interrupted: AP" in outcome.out.splitlines()[-1]
+    assert json.loads(Path("runs/quickstart_overfit/overfit.json").read_text())["findings"] == []
 
 
 def test_repeated_boxes_are_the_diagnosis(tool, tiny, shapes, tmp_path):

@@ -14,6 +14,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+import torch
 from detecting import CATEGORIES, save_untrained
 from PIL import Image
 from pycocotools.coco import COCO
@@ -22,6 +23,7 @@ from fpn_det import Detector
 from fpn_det.data import transforms
 from fpn_det.data.sources import find_sources
 from fpn_det.data.video import open_video
+from fpn_det.detector import Prediction
 from fpn_det.structures import InputError
 
 
@@ -181,6 +183,37 @@ def test_ctrl_c_keeps_what_was_done(predict, photos, tmp_path, monkeypatch) -> N
     assert 0 < len(done) < 40
     assert done == [f"{i:02d}.jpg" for i in range(len(done))]
     assert not list((tmp_path / "out").glob(".*"))
+
+
+def test_a_second_ctrl_c_keeps_what_was_done_too(predict, photos, tmp_path, monkeypatch) -> None:
+    for i in range(40):
+        shutil.copy(photos[0], tmp_path / f"{i:02d}.jpg")
+    to_coco, num_done = Prediction.to_coco, 0
+
+    def interrupted_twice(prediction: Prediction, image_id: int):
+        nonlocal num_done
+        num_done += 1
+        if num_done == 20:
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+        return to_coco(prediction, image_id)
+
+    monkeypatch.setattr(Prediction, "to_coco", interrupted_twice)
+    outcome, records = predict(tmp_path, options=["--batch-size", "1"])
+    assert (outcome.code, outcome.err) == (130, "interrupted\n")
+    assert sorted({r["file_name"] for r in records}) == [f"{i:02d}.jpg" for i in range(19)]
+    assert not list((tmp_path / "out").glob(".*"))
+
+
+def test_out_of_memory_names_the_option_of_this_tool(predict, photos, monkeypatch) -> None:
+    def exhausted(*_: object):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB")
+
+    monkeypatch.setattr("fpn_det.models.faster_rcnn.FasterRCNN.predict", exhausted)
+    outcome, _ = predict(photos[0])
+    assert outcome.code == 2
+    assert "--batch-size" in outcome.err
+    assert "eval.batch_size" not in outcome.err
 
 
 # Videos and cameras

@@ -216,7 +216,8 @@ def detector_checkpoint(
     if len(categories) != num_classes:
         raise InputError(
             f"{source}: the model has {num_classes} classes, the given categories are {len(categories)} "
-            f"({', '.join(categories.names[:8])}). Give --categories with the file that it was trained on"
+            f"({', '.join(map(printable, categories.names[:8]))}). Give --categories with the file that it was trained "
+            "on"
         )
     model = build_model(config, num_classes, pretrained=False)
     load_exactly(model, converted.state_dict, source)

@@ -16,7 +16,8 @@ small in the resized whole. With `eval.tta={}` the detections in several sizes o
 merged. Only images of one size share a batch: results do not depend on what else is in the folder.
 
 An image or video that cannot be read is passed over, unless it is the only one: standard error says why, and the exit
-code is 1. Ctrl-C ends the work; what was done is written, and the exit code is 130.
+code is 1. Ctrl-C ends the work after the images at hand, a second one at once; what was done is written, and the exit
+code is 130.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import chain, count, groupby, repeat, takewhile
+from itertools import count, groupby, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -238,14 +239,28 @@ class Run:
 
     @contextmanager
     def _results(self) -> Iterator[Write]:
-        """Writes predictions.json record by record; it appears under its name when it is complete."""
+        """Writes predictions.json record by record; it appears under its name in the end, also that by Ctrl-C."""
         if "json" not in self.save:
             yield lambda record: None
             return
+        interrupt: KeyboardInterrupt | None = None
         with replacing(self.folder / "predictions.json") as file:
-            separators = chain([b"["], repeat(b", "))
-            yield lambda record: file.write(next(separators) + json.dumps(record).encode())
-            file.write(b"]" if next(separators) == b", " else b"[]")
+            end = file.write(b"[")
+
+            def write(record: dict[str, Any]) -> None:
+                nonlocal end
+                file.write((b", " if end > 1 else b"") + json.dumps(record).encode())
+                end = file.tell()
+
+            try:
+                yield write
+            except KeyboardInterrupt as error:  # the second, by somebody who does not wait for the images at hand
+                interrupt = error
+            file.seek(end)  # behind the last whole record
+            file.truncate()
+            file.write(b"]")
+        if interrupt is not None:
+            raise interrupt
 
     def _write_records(self, write: Write, prediction: Prediction, image_id: int, extra: dict[str, Any]) -> None:
         for record, name in zip(prediction.to_coco(image_id), prediction.class_names, strict=True):

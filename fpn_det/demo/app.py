@@ -16,7 +16,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import Headers
 from starlette.middleware import Middleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse
 from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
@@ -35,6 +35,9 @@ HEADERS = {
     "referrer-policy": "no-referrer",
     "cache-control": "no-store",
 }
+
+UPLOAD_SECONDS = 120.0
+"""So long an upload may take."""
 
 
 def make_app(detector: Detector, *, title: str, max_bytes: int, hosts: Sequence[str]) -> Starlette:
@@ -72,10 +75,16 @@ def make_app(detector: Detector, *, title: str, max_bytes: int, hosts: Sequence[
             # Pages of other sites cannot send this type without asking, and nobody answers them.
             return _refused("send the file as application/octet-stream", 415)
         data = bytearray()
-        async for chunk in request.stream():
-            data += chunk
-            if len(data) > max_bytes:
-                return _refused(f"{name}: more than the limit of {max_bytes / 2**20:g} MiB; scale it down", 413)
+        try:
+            with anyio.fail_after(UPLOAD_SECONDS):  # whoever stops in the middle would keep a place for ever
+                async for chunk in request.stream():
+                    data += chunk
+                    if len(data) > max_bytes:
+                        return _refused(f"{name}: more than the limit of {max_bytes / 2**20:g} MiB; scale it down", 413)
+        except TimeoutError:
+            return _refused(f"{name}: not sent within {UPLOAD_SECONDS:g} seconds; scale it down", 408)
+        except ClientDisconnect:
+            return _refused("the page was closed", 400)  # which nobody reads
         if not data:
             return _refused(f"{name}: the file is empty", 422)
         async with turn:

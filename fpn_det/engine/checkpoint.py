@@ -21,7 +21,7 @@ import torchvision
 from torch import Tensor, nn
 
 from fpn_det.files import replacing
-from fpn_det.structures import Categories, InputError
+from fpn_det.structures import Categories, InputError, printable
 
 State = dict[str, Any]
 
@@ -121,10 +121,15 @@ def check_categories(state: State, path: Path, categories: Categories, source: P
     own = checkpoint_categories(state)
     if own != categories:
         raise InputError(
-            f"{path} was trained on {len(own)} classes ({', '.join(own.names[:8])}; ids {list(own.ids[:8])}), but "
-            f"{source} has {len(categories)} ({', '.join(categories.names[:8])}; ids {list(categories.ids[:8])}). "
+            f"{path} was trained on {_described(own)}, but {source} has {_described(categories)}. "
             "Use a data set with the same categories"
         )
+
+
+def _described(categories: Categories) -> str:
+    names, ids = (", ".join(map(printable, map(str, some[:8]))) for some in (categories.names, categories.ids))
+    more = ", .." if len(categories) > 8 else ""
+    return f"{len(categories)} classes ({names}{more}; ids {ids}{more})"
 
 
 def best_weights(state: State) -> dict[str, Tensor]:

@@ -40,6 +40,9 @@ MAX_UNREADABLE = 10
 """So many images at the start, none of which can be read, are more than single broken files."""
 
 
+MEMORY_REMEDY = "Lower eval.batch_size or data.test_short_side"
+
+
 class Model(Protocol):
     """What evaluation needs of any model."""
 
@@ -84,6 +87,7 @@ def detect(
     precision: Precision,
     flipped: bool = False,
     show_progress: bool = True,
+    memory_remedy: str = MEMORY_REMEDY,
 ) -> Iterator[tuple[Batch, list[Detections]]]:
     """Detect in all batches.
 
@@ -94,6 +98,7 @@ def detect(
         precision: of the forward pass.
         flipped: whether the images are mirrored left to right; their detections are mirrored back.
         show_progress: whether to show a progress bar (on a terminal only).
+        memory_remedy: what to lower where memory runs out.
 
     Yields:
         The batch, on the CPU, and per image its detections, on the CPU, in the frame of the original image; none in an
@@ -103,7 +108,14 @@ def detect(
         InputError: none of the first images can be read.
     """
     outputs = _run(
-        model, model.predict, batches, device=device, precision=precision, show_progress=show_progress, name="detecting"
+        model,
+        model.predict,
+        batches,
+        device=device,
+        precision=precision,
+        show_progress=show_progress,
+        name="detecting",
+        memory_remedy=memory_remedy,
     )
     for batch, found in outputs:
         yield (
@@ -314,6 +326,7 @@ def _run(
     precision: Precision,
     show_progress: bool,
     name: str,
+    memory_remedy: str = MEMORY_REMEDY,
 ) -> Iterator[tuple[Batch, Output]]:
     """What `call` makes of each batch, in evaluation mode; the batch on the CPU, the output where it is.
 
@@ -331,7 +344,7 @@ def _run(
                 f"right? The last one: id {batch.image_ids[-1]}"
             )
         with (
-            explained_memory_errors(batch, device, remedy="Lower eval.batch_size or data.test_short_side"),
+            explained_memory_errors(batch, device, remedy=memory_remedy),
             autocast(device, precision),
         ):
             output = call(batch.to(device, non_blocking=True))

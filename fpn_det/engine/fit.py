@@ -105,7 +105,7 @@ def limits(
             Finding(
                 what=f"{_times(len(crowded), 'pair', 'pairs')} of boxes of one class overlap by more than "
                 f"model.roi_head.nms_thresh {nms_thresh:g} ({_examples(crowded)}), where NMS keeps one of two",
-                remedy="Raise model.roi_head.nms_thresh",
+                remedy="Delete one of each pair if both are of one object; if not, raise model.roi_head.nms_thresh",
             )
         )
     most = max(images, key=lambda image: len(image.boxes))

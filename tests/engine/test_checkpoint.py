@@ -200,6 +200,9 @@ def test_other_categories_are_refused():
     for other in (Categories((3, 8), ("cat", "dog")), Categories((3, 7), ("cat", "cow")), Categories((3,), ("cat",))):
         with pytest.raises(InputError, match=r"final\.pth was trained on 2 classes.*val\.json has"):
             checkpoint.check_categories(own, Path("final.pth"), other, Path("val.json"))
+    other = Categories((3, 7), ("cat", "\nerror: no"))
+    with pytest.raises(InputError, match=r"has 2 classes \(cat, \\nerror: no; ids 3, 7\)"):
+        checkpoint.check_categories(own, Path("final.pth"), other, Path("val.json"))
 
 
 def make(kind: str, model: nn.Module, **options) -> torch.optim.Optimizer:

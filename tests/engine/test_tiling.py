@@ -66,6 +66,28 @@ def test_a_part_gives_way_to_the_whole_even_if_it_scores_better() -> None:
     assert merged((WHOLE, large), *parts) == [(100, 100, 480, 200, 0.5, 0)]
 
 
+def test_a_part_that_does_not_fill_what_its_window_sees_of_the_whole_gives_way() -> None:
+    tip, triangle = found((260, 80, 298, 120, 0.9, 1)), found((60, 20, 220, 180, 0.8, 1))
+    assert merged((LEFT, tip), (RIGHT, triangle)) == [(260, 20, 420, 180, 0.8, 1)]
+
+
+@pytest.mark.parametrize(("score", "num_left"), [(0.6, 1), (0.3, 2)])
+def test_half_an_object_is_not_something_else(score, num_left) -> None:
+    """Unless what shows it wholly is a guess."""
+    half, circle = found((251, 10, 300, 60, 0.9, 1)), found((50, 10, 150, 60, score, 2))
+    assert len(merged((LEFT, half), (RIGHT, circle))) == num_left
+
+
+def test_what_is_seen_wholly_inside_another_object_stays() -> None:
+    both = found((20, 30, 150, 150, 0.9, 2), (30, 40, 80, 120, 0.7, 1))
+    assert len(merged((LEFT, found()), (RIGHT, both))) == 2
+
+
+def test_a_regressed_edge_is_a_few_pixels_off_the_border() -> None:
+    half, circle = found((250, 10, 297, 60, 0.9, 1)), found((50, 10, 150, 60, 0.8, 2))
+    assert merged((LEFT, half), (RIGHT, circle)) == [(250, 10, 350, 60, 0.8, 2)]
+
+
 def test_parts_alone_become_the_box_around_them() -> None:
     parts = (LEFT, found((100, 100, 300, 200, 0.7, 0))), (RIGHT, found((0, 101, 280, 200, 0.8, 0)))
     assert merged(*parts) == [(100, 100, 480, 200, 0.8, 0)]

@@ -7,7 +7,9 @@ let newest = 0; // number of the last image that was sent: answers to earlier on
 
 $("title").textContent = model.title;
 document.title = model.title;
-$("about").textContent = `${model.classes.length} classes: ${model.classes.map((c) => c.name).join(", ")}`;
+$("about").querySelector("summary").textContent = `${model.classes.length} classes`;
+$("about").querySelector("p").textContent = model.classes.map((c) => c.name).join(", ");
+$("about").open = model.classes.length <= 10; // more would fill the screen of a phone
 $("file").accept = model.suffixes.join(",");
 
 async function open(file) {
@@ -26,7 +28,8 @@ async function open(file) {
       headers: { "Content-Type": "application/octet-stream" },
       body: file,
     });
-    answer = await response.json();
+    const refusal = { error: `the server answers ${response.status} ${response.statusText}; try again` };
+    answer = await response.json().catch(() => refusal); // its own refusals are JSON, a busy or failing server's not
   } catch {
     answer = { error: "the server does not answer; is it still running?" };
   }
@@ -116,14 +119,21 @@ function draw() {
 function addTag(group, text, x, y, color, textColor, scale) {
   const size = 12 * scale;
   const top = y >= 1.4 * size ? y - 1.4 * size : y;
-  const label = element("text", { x: x + 0.3 * size, y: top + 1.05 * size, "font-size": size, fill: textColor });
+  const label = element("text", { y: top + 1.05 * size, "font-size": size, fill: textColor });
   label.setAttribute("font-family", "system-ui, sans-serif");
   label.textContent = text;
   group.append(label); // a text that is not shown has no length
   const width = label.getComputedTextLength() + 0.6 * size;
-  const back = element("rect", { x, y: top, width, height: 1.4 * size, class: "tag" });
+  const left = inside(x, width);
+  label.setAttribute("x", left + 0.3 * size);
+  const back = element("rect", { x: left, y: top, width, height: 1.4 * size, class: "tag" });
   back.style.fill = color;
   label.before(back);
+}
+
+// Where something `width` wide begins so that it does not leave the image to the right.
+function inside(x, width) {
+  return Math.max(0, Math.min(x, shown.width - width));
 }
 
 function element(name, attributes) {
@@ -171,9 +181,11 @@ function savePicture() {
     const top = y1 >= 1.4 * size ? y1 - 1.4 * size : y1;
     paint.strokeStyle = paint.fillStyle = color;
     paint.strokeRect(x1, y1, x2 - x1, y2 - y1);
-    paint.fillRect(x1, top, paint.measureText(words).width + 0.6 * size, 1.4 * size);
+    const width = paint.measureText(words).width + 0.6 * size;
+    const left = inside(x1, width);
+    paint.fillRect(left, top, width, 1.4 * size);
     paint.fillStyle = text;
-    paint.fillText(words, x1 + 0.3 * size, top + 1.05 * size);
+    paint.fillText(words, left + 0.3 * size, top + 1.05 * size);
   }
   canvas.toBlob((blob) => download(blob, `${shown.name}.boxes.png`));
 }
