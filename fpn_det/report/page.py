@@ -39,6 +39,8 @@ class Cell:
     value: float | None
 
 
+LONG_TEXT = 30  # characters; cells of more keep a width in which they can be read, and the table scrolls
+
 Row = Sequence[str | Html | Cell]
 """Cells of a table from left to right."""
 
@@ -290,7 +292,8 @@ def _cell(cell: str | Html | Cell) -> str:
     if isinstance(cell, Cell):
         value = "" if cell.value is None else repr(float(cell.value))
         return f'<td class="number" data-value="{value}">{markup(cell.shown)}</td>'
-    return f"<td>{markup(cell)}</td>"
+    is_long = len(cell) > LONG_TEXT and not isinstance(cell, Html)
+    return f"<td{' class=long' if is_long else ''}>{markup(cell)}</td>"
 
 
 def _svg_text(text: str, x: str, y: str, *, dx: int = 0, dy: int = 0, anchor: str = "middle", kind: str = "") -> str:

@@ -153,6 +153,15 @@ def test_nothing_is_wider_than_the_screen(browser, written: Path, width: int) ->
         assert tab.locator(".scroll").nth(1).evaluate("e => e.scrollWidth > e.clientWidth")
 
 
+def test_long_text_can_be_read_on_a_phone(browser, tmp_path: Path) -> None:
+    explained = ["localisation", Cell("0.1", 0.1), Cell("76", 76), "detections of the right class, overlap 0.1 to 0.5"]
+    heads = ["error", "cost in AP50", "count", "what it is"]
+    path = tmp_path / "page.html"
+    path.write_text(page("Mine", [Section("a", [table(heads, [explained], label="errors")])]), encoding="utf-8")
+    with opened(browser, path, width=390) as tab:
+        assert tab.locator("td").nth(3).bounding_box()["width"] > 200
+
+
 def test_tables_sort_and_filter(browser, written: Path) -> None:
     with opened(browser, written) as tab:
         header = tab.locator(".filtered thead th")
