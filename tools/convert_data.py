@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import re
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
@@ -124,6 +125,9 @@ def _write_labels(data: LabelledData, args: argparse.Namespace, name: str) -> No
     _say_config(
         {split: (data.splits[split].folder, path) for split, path in written.items()}, follow_links=args.follow_links
     )
+    if len(written) == 1 and not written.keys() & {"train", "val"}:
+        ((split, path),) = written.items()
+        _say_split(data.splits[split].folder, path)
 
 
 # --- From COCO format ---
@@ -254,6 +258,13 @@ def _say_config(splits: Mapping[str, tuple[Path | None, Path]], *, follow_links:
     for name, paths in splits.items():
         if name not in known:
             say(f"# {name}: {_flow(_named(*paths), flow=True)}")
+
+
+def _say_split(images: Path, annotations: Path) -> None:
+    """The command that makes a training and a validation set of a single file."""
+    files = ["split", str(annotations), "--images", str(images), "--output", str(annotations.parent)]
+    say("\nto divide it into a training and a validation set:")
+    say(f"python tools/convert_data.py {shlex.join([*files, '--fractions', 'train=0.8', 'val=0.2'])}")
 
 
 def _named(images: Path | None, annotations: Path) -> dict[str, str]:
