@@ -104,7 +104,9 @@ class Overfitting:
     def run(self) -> bool:
         """Train, evaluate and tell."""
         config, log, names = self.config, self.log, self.data.categories.names
-        files = ", ".join(printable(self.data.path(i).name) for i in range(min(len(self.data), 8)))
+        files = ", ".join(
+            f"{printable(self.data.path(i).name)} (id {self.data.image_ids[i]})" for i in range(min(len(self.data), 8))
+        )
         log.message(
             f"{len(self.data)} of the images of {self.data.source} with boxes, drawn by seed {config.seed}: {files}"
             + (", .." if len(self.data) > 8 else "")
@@ -248,6 +250,11 @@ class Overfitting:
         if is_interrupted:
             return f"interrupted: {ap}. Whether the images can be learned is not known yet"
         reasons = "\n".join(f"{i}. {finding}" for i, finding in enumerate(findings, 1))
+        if step < self.num_steps:
+            return (
+                f"stopped: {ap}, too early to tell. Start it again for a verdict. Pictures are in "
+                f"{self.folder}/pictures. So far:\n{reasons or '(nothing to remark)'}"
+            )
         return (
             f"not learned: {ap}, where a detector that fits its data exceeds {100 * TARGET_AP:g}. Pictures are in "
             f"{self.folder}/pictures. The likely causes:\n{reasons or '(none found: look at the pictures)'}"

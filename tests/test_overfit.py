@@ -82,6 +82,17 @@ def test_repeated_boxes_are_the_diagnosis(tool, tiny, shapes, tmp_path):
     assert outcome.out.index("repeated") < outcome.out.index("step 1/4") < outcome.out.rindex("repeated")
 
 
+def test_a_check_that_is_stopped_gives_no_verdict(tool, tiny, monkeypatch):
+    monkeypatch.setattr("fpn_det.overfit.train", lambda *args, **kwargs: 3)  # as after SIGINT
+    outcome = tool("train", *tiny, "train.steps=4", "--overfit", 1)
+    assert (outcome.code, outcome.err) == (1, "")
+    assert "stopped: AP" in outcome.out
+    assert "after 3 of 4 steps" in outcome.out
+    assert "not learned" not in outcome.out
+    image_id = json.loads(Path("runs/quickstart_overfit/overfit.json").read_text())["image_ids"][0]
+    assert f".jpg (id {image_id})" in outcome.out  # the name of its picture
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

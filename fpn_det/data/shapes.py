@@ -143,7 +143,7 @@ def _write_images(
     folder.mkdir(parents=True, exist_ok=True)
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
-    for index in tqdm(range(number), desc=f"shapes {split}", unit="image"):
+    for index in tqdm(range(number), desc=f"shapes {split}", unit="image", disable=None):
         pixels, objects = draw(
             seed=seed, split=split, index=index, size=size, smallest=smallest, distractors=distractors
         )

@@ -272,7 +272,7 @@ def _of_boxes(images: Sequence[FittedImage]) -> Finding | None:
         return None
     return Finding(
         what=f"the boxes are imprecise: of {len(found)} that are found, {precise} overlap the true ones by "
-        f"{SAME_IOU:g} (on average by {fmean(found):.2f}), and an AP of {TARGET_AP:g} needs nearly all",
+        f"{SAME_IOU:g} (on average by {fmean(found):.2f}), and an AP of {100 * TARGET_AP:g} needs nearly all",
         remedy="Train longer (train.steps), or change optim.lr by a factor of 3; if the pictures show boxes that are "
         "right, the annotations are loose",
     )

@@ -50,8 +50,9 @@ tbody tr:last-child > * { border-bottom: 0; }
 td { max-width: 24rem; overflow-wrap: anywhere; min-width: 3rem; }
 td:first-child { min-width: 7rem; }
 td.long { min-width: 15rem; }
-.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
-thead th { position: sticky; top: 0; background: var(--card); white-space: nowrap; }
+.number { text-align: right; font-variant-numeric: tabular-nums; }
+td.number { white-space: nowrap; }
+thead th { position: sticky; top: 0; background: var(--card); vertical-align: bottom; }
 thead button { all: unset; cursor: pointer; }
 thead button:focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; }
 th[aria-sort] button::after { content: "\\2195" / ""; margin-left: .3em; color: var(--soft); }
