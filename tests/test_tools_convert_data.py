@@ -66,19 +66,6 @@ def test_from_voc(run, test_data: Path, tmp_path: Path) -> None:
     assert config.data.val.images == bccd / "images"
 
 
-def test_what_is_in_one_part_comes_with_the_command_that_divides_it(run, test_data: Path, tmp_path: Path) -> None:
-    bccd = test_data / "bccd"
-    command = run("from-voc", bccd / "voc", "--images", bccd / "images", "--output", "my data").splitlines()[-1]
-    assert command.startswith("python tools/convert_data.py split ")
-    config = config_of(run(*shlex.split(command)[2:]), tmp_path)
-    assert str(config.data.train.annotations) == "my data/train.json"
-    assert len(load_coco(config.data.val.annotations, config.data.val.images)) == 73
-    out = run(
-        "from-voc", bccd / "voc", "--images", bccd / "images", "--sets", bccd / "splits/train.txt", "--output", "b"
-    )
-    assert "split" not in out.splitlines()[-1]
-
-
 def test_yolo_there_and_back(run, shapes: Path, tmp_path: Path) -> None:
     out = run(
         *("to-yolo", "--train", shapes / "annotations/train.json", shapes / "train", "--output", "yolo"),
