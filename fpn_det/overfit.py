@@ -22,13 +22,12 @@ from fpn_det.engine.diagnosis import SkippedSteps
 from fpn_det.engine.distributed import Process
 from fpn_det.engine.evaluate import View, from_coco_results, propose
 from fpn_det.engine.fit import TARGET_AP, Finding, FittedImage, diagnose, limits, summary
-from fpn_det.engine.precision import loss_scaler
 from fpn_det.engine.run_folder import opened_run
 from fpn_det.engine.runlog import RunLog
 from fpn_det.engine.train import train
 from fpn_det.files import replacing, write_text
-from fpn_det.finetune import load_start_weights
-from fpn_det.models.faster_rcnn import DetectionModel, FastRCNN
+from fpn_det.learner import Learner
+from fpn_det.models.faster_rcnn import FastRCNN
 from fpn_det.snapshots import draw_validation
 from fpn_det.structures import InputError, printable
 
@@ -90,11 +89,8 @@ class Overfitting:
     """One such run: the model, what it is compared with, and the latest evaluation."""
 
     def __init__(self, config: Config, folder: Path, data: CocoAnnotations, process: Process, log: RunLog) -> None:
-        torch.manual_seed(config.seed)
         self.config, self.folder, self.data, self.process, self.log = config, folder, data, process, log
-        self.model: DetectionModel = build.build_model(config, len(data.categories), pretrained=True)
-        self.origin = load_start_weights(config, self.model, data.categories) if config.model.weights else ""
-        build.place(config, self.model, process.device)
+        self.learner = Learner(config, data.categories, device=process.device, pretrained=True)
         self.num_steps = build.num_steps(config, len(data))
         self.truth = ground_truth(data)
         self.batches = build.build_val_loader(config, data)
@@ -108,8 +104,8 @@ class Overfitting:
             f"{len(self.data)} of the images of {self.data.source} with boxes, drawn by seed {config.seed}: {files}"
             + (", .." if len(self.data) > 8 else "")
         )
-        if self.origin:
-            log.message(self.origin)
+        if self.learner.origin:
+            log.message(self.learner.origin)
         beyond = limits(
             self.images(),
             names,
@@ -119,10 +115,10 @@ class Overfitting:
         for finding in beyond:
             log.message(f"{finding}")
         done = train(
-            self.model,
+            self.learner.model,
             build.build_train_loader(config, self.data, transform=build.build_test_transform(config)),
-            optimizer=build.build_optimizer(config, self.model),
-            scaler=loss_scaler(self.process.device, config.train.precision),
+            optimizer=self.learner.optimizer,
+            scaler=self.learner.scaler,
             lr_at=build.build_schedule(config, self.num_steps),
             start_step=0,
             num_steps=self.num_steps,
@@ -162,7 +158,7 @@ class Overfitting:
         """Whether the images are learned after `step` steps."""
         evaluated = build.evaluate_model(
             self.config,
-            self.model,
+            self.learner.model,
             [View(batches=self.batches)],
             self.truth,
             self.data.categories,
@@ -178,9 +174,11 @@ class Overfitting:
 
     def proposals(self) -> dict[int, torch.Tensor]:
         """The proposals in each image, by its id; empty where the model has no RPN."""
-        if isinstance(self.model, FastRCNN):
+        if isinstance(self.learner.model, FastRCNN):
             return {}
-        found = propose(self.model, self.batches, device=self.process.device, precision=self.config.train.precision)
+        found = propose(
+            self.learner.model, self.batches, device=self.process.device, precision=self.config.train.precision
+        )
         return {
             image_id: boxes
             for batch, of_batch in found
@@ -219,7 +217,7 @@ class Overfitting:
             anchor_shapes=anchor_shapes(self.config),
             losses=[record["loss/total"] for record in records if "loss/total" in record],
             num_skipped=self.skipped.count,
-            trained=trained_parameters(self.model),
+            trained=trained_parameters(self.learner.model),
             score_thresh=self.config.model.roi_head.score_thresh,
         )
 
