@@ -98,49 +98,15 @@ class Overfitting:
 
     def run(self) -> bool:
         """Train, evaluate and tell."""
-        config, log, names = self.config, self.log, self.data.categories.names
-        files = ", ".join(printable(self.data.path(i).name) for i in range(min(len(self.data), 8)))
-        log.message(
-            f"{len(self.data)} of the images of {self.data.source} with boxes, drawn by seed {config.seed}: {files}"
-            + (", .." if len(self.data) > 8 else "")
-        )
-        if self.learner.origin:
-            log.message(self.learner.origin)
-        beyond = limits(
-            self.images(),
-            names,
-            nms_thresh=config.model.roi_head.nms_thresh,
-            detections_per_image=config.model.roi_head.detections_per_image,
-        )
-        for finding in beyond:
-            log.message(f"{finding}")
-        done = train(
-            self.learner.model,
-            build.build_train_loader(config, self.data, transform=build.build_test_transform(config)),
-            optimizer=self.learner.optimizer,
-            scaler=self.learner.scaler,
-            lr_at=build.build_schedule(config, self.num_steps),
-            start_step=0,
-            num_steps=self.num_steps,
-            seed=config.seed,
-            process=self.process,
-            log=log,
-            skipped=self.skipped,
-            note_unreadable=self.refuse_unreadable,
-            save=lambda step: None,
-            evaluate=self.evaluate,
-            precision=config.train.precision,
-            clip_norm=config.optim.clip_norm,
-            log_every=config.train.log_every,
-            evaluate_every=build.interval(config.eval.every, self.num_steps),
-        )
+        beyond = self.introduce()
+        done = self.take_steps()
         fitted = self.evaluate(done)
         images = self.images(self.results, self.proposals())
-        log.message(format_table(self.metrics))
-        log.message(summary(images))
+        self.log.message(format_table(self.metrics))
+        self.log.message(summary(images))
         findings = [*beyond, *([] if fitted else self.diagnosis(images))]
         self.draw()
-        log.write_json(
+        self.log.write_json(
             "overfit.json",
             {
                 "fitted": fitted,
@@ -151,8 +117,52 @@ class Overfitting:
                 "findings": [{"what": finding.what, "remedy": finding.remedy} for finding in findings],
             },
         )
-        log.message(self.verdict(done, fitted, findings))
+        self.log.message(self.verdict(done, fitted, findings))
         return fitted
+
+    def introduce(self) -> list[Finding]:
+        """Begin the log: which images these are, and what no training could learn of them."""
+        head = self.config.model.roi_head
+        files = ", ".join(printable(self.data.path(i).name) for i in range(min(len(self.data), 8)))
+        self.log.message(
+            f"{len(self.data)} of the images of {self.data.source} with boxes, "
+            f"drawn by seed {self.config.seed}: {files}{', ..' if len(self.data) > 8 else ''}"
+        )
+        if self.learner.origin:
+            self.log.message(self.learner.origin)
+        beyond = limits(
+            self.images(),
+            self.data.categories.names,
+            nms_thresh=head.nms_thresh,
+            detections_per_image=head.detections_per_image,
+        )
+        for finding in beyond:
+            self.log.message(f"{finding}")
+        return beyond
+
+    def take_steps(self) -> int:
+        """Train to the end, or until the images are learned; returns the number of steps done."""
+        config = self.config
+        return train(
+            self.learner.model,
+            build.build_train_loader(config, self.data, transform=build.build_test_transform(config)),
+            optimizer=self.learner.optimizer,
+            scaler=self.learner.scaler,
+            lr_at=build.build_schedule(config, self.num_steps),
+            start_step=0,
+            num_steps=self.num_steps,
+            seed=config.seed,
+            process=self.process,
+            log=self.log,
+            skipped=self.skipped,
+            note_unreadable=self.refuse_unreadable,
+            save=lambda step: None,
+            evaluate=self.evaluate,
+            precision=config.train.precision,
+            clip_norm=config.optim.clip_norm,
+            log_every=config.train.log_every,
+            evaluate_every=build.interval(config.eval.every, self.num_steps),
+        )
 
     def evaluate(self, step: int) -> bool:
         """Whether the images are learned after `step` steps."""
