@@ -22,13 +22,12 @@ from fpn_det.engine.diagnosis import SkippedSteps
 from fpn_det.engine.distributed import Process
 from fpn_det.engine.evaluate import View, from_coco_results, propose
 from fpn_det.engine.fit import TARGET_AP, Finding, FittedImage, diagnose, limits, summary
-from fpn_det.engine.precision import loss_scaler
 from fpn_det.engine.run_folder import opened_run
 from fpn_det.engine.runlog import RunLog
 from fpn_det.engine.train import train
 from fpn_det.files import replacing, write_text
-from fpn_det.finetune import load_start_weights
-from fpn_det.models.faster_rcnn import DetectionModel, FastRCNN
+from fpn_det.learner import Learner
+from fpn_det.models.faster_rcnn import FastRCNN
 from fpn_det.snapshots import draw_validation
 from fpn_det.structures import InputError, printable
 
@@ -90,11 +89,8 @@ class Overfitting:
     """One such run: the model, what it is compared with, and the latest evaluation."""
 
     def __init__(self, config: Config, folder: Path, data: CocoAnnotations, process: Process, log: RunLog) -> None:
-        torch.manual_seed(config.seed)
         self.config, self.folder, self.data, self.process, self.log = config, folder, data, process, log
-        self.model: DetectionModel = build.build_model(config, len(data.categories), pretrained=True)
-        self.origin = load_start_weights(config, self.model, data.categories) if config.model.weights else ""
-        build.place(config, self.model, process.device)
+        self.learner = Learner(config, data.categories, device=process.device, pretrained=True)
         self.num_steps = build.num_steps(config, len(data))
         self.truth = ground_truth(data)
         self.batches = build.build_val_loader(config, data)
@@ -103,54 +99,18 @@ class Overfitting:
 
     def run(self) -> bool:
         """Train, evaluate and tell."""
-        config, log, names = self.config, self.log, self.data.categories.names
-        files = ", ".join(
-            f"{printable(self.data.path(i).name)} (id {self.data.image_ids[i]})" for i in range(min(len(self.data), 8))
-        )
-        log.message(
-            f"{len(self.data)} of the images of {self.data.source} with boxes, drawn by seed {config.seed}: {files}"
-            + (", .." if len(self.data) > 8 else "")
-        )
-        if self.origin:
-            log.message(self.origin)
-        beyond = limits(
-            self.images(),
-            names,
-            nms_thresh=config.model.roi_head.nms_thresh,
-            detections_per_image=config.model.roi_head.detections_per_image,
-        )
-        for finding in beyond:
-            log.message(f"{finding}")
-        done = train(
-            self.model,
-            build.build_train_loader(config, self.data, transform=build.build_test_transform(config)),
-            optimizer=build.build_optimizer(config, self.model),
-            scaler=loss_scaler(self.process.device, config.train.precision),
-            lr_at=build.build_schedule(config, self.num_steps),
-            start_step=0,
-            num_steps=self.num_steps,
-            seed=config.seed,
-            process=self.process,
-            log=log,
-            skipped=self.skipped,
-            note_unreadable=self.refuse_unreadable,
-            save=lambda step: None,
-            evaluate=self.evaluate,
-            precision=config.train.precision,
-            clip_norm=config.optim.clip_norm,
-            log_every=config.train.log_every,
-            evaluate_every=build.interval(config.eval.every, self.num_steps),
-        )
+        beyond = self.introduce()
+        done = self.take_steps()
         if done not in self.evaluated:
             self.evaluate(done)
         fitted = self.metrics["AP"] > TARGET_AP
         is_interrupted = done < self.num_steps and not fitted
         images = self.images(self.results, self.proposals())
-        log.message(format_table(self.metrics))
-        log.message(summary(images))
+        self.log.message(format_table(self.metrics))
+        self.log.message(summary(images))
         findings = [*beyond, *([] if fitted or is_interrupted else self.diagnosis(images))]
         self.draw()
-        log.write_json(
+        self.log.write_json(
             "overfit.json",
             {
                 "fitted": fitted,
@@ -161,14 +121,62 @@ class Overfitting:
                 "findings": [{"what": finding.what, "remedy": finding.remedy} for finding in findings],
             },
         )
-        log.message(self.verdict(done, fitted, findings, is_interrupted=is_interrupted))
+        self.log.message(self.verdict(done, fitted, findings, is_interrupted=is_interrupted))
         return fitted
+
+    def introduce(self) -> list[Finding]:
+        """Begin the log: which images these are, and what no training could learn of them."""
+        head = self.config.model.roi_head
+        files = ", ".join(
+            f"{printable(self.data.path(i).name)} (id {self.data.image_ids[i]})" for i in range(min(len(self.data), 8))
+        )
+        self.log.message(
+            f"{len(self.data)} of the images of {self.data.source} with boxes, "
+            f"drawn by seed {self.config.seed}: {files}{', ..' if len(self.data) > 8 else ''}"
+        )
+        if self.learner.origin:
+            self.log.message(self.learner.origin)
+        beyond = limits(
+            self.images(),
+            self.data.categories.names,
+            nms_thresh=head.nms_thresh,
+            detections_per_image=head.detections_per_image,
+        )
+        for finding in beyond:
+            self.log.message(f"{finding}")
+        return beyond
+
+    def take_steps(self) -> int:
+        """Train to the end, or until the images are learned; returns the number of steps done."""
+        config = self.config
+        return train(
+            self.learner.model,
+            build.build_train_loader(config, self.data, transform=build.build_test_transform(config)),
+            optimizer=self.learner.optimizer,
+            scaler=self.learner.scaler,
+            lr_at=build.build_schedule(config, self.num_steps),
+            start_step=0,
+            num_steps=self.num_steps,
+            seed=config.seed,
+            process=self.process,
+            log=self.log,
+            skipped=self.skipped,
+            note_unreadable=self.refuse_unreadable,
+            save=lambda step: None,
+            evaluate=self.evaluate,
+            accumulate=config.train.accumulate,
+            precision=config.train.precision,
+            clip_norm=config.optim.clip_norm,
+            ema=self.learner.ema,
+            log_every=config.train.log_every,
+            evaluate_every=build.interval(config.eval.every, self.num_steps),
+        )
 
     def evaluate(self, step: int) -> bool:
         """Whether the images are learned after `step` steps."""
         evaluated = build.evaluate_model(
             self.config,
-            self.model,
+            self.learner.detector,
             [View(batches=self.batches)],
             self.truth,
             self.data.categories,
@@ -185,9 +193,11 @@ class Overfitting:
 
     def proposals(self) -> dict[int, torch.Tensor]:
         """The proposals in each image, by its id; empty where the model has no RPN."""
-        if isinstance(self.model, FastRCNN):
+        if isinstance(self.learner.model, FastRCNN):
             return {}
-        found = propose(self.model, self.batches, device=self.process.device, precision=self.config.train.precision)
+        found = propose(
+            self.learner.detector, self.batches, device=self.process.device, precision=self.config.train.precision
+        )
         return {
             image_id: boxes
             for batch, of_batch in found
@@ -226,7 +236,7 @@ class Overfitting:
             anchor_shapes=anchor_shapes(self.config),
             losses=[record["loss/total"] for record in records if "loss/total" in record],
             num_skipped=self.skipped.count,
-            trained=trained_parameters(self.model),
+            trained=trained_parameters(self.learner.model),
             score_thresh=self.config.model.roi_head.score_thresh,
         )
 
