@@ -260,11 +260,6 @@ class Overfitting:
         if is_interrupted:
             return f"interrupted: {ap}. Whether the images can be learned is not known yet"
         reasons = "\n".join(f"{i}. {finding}" for i, finding in enumerate(findings, 1))
-        if step < self.num_steps:
-            return (
-                f"stopped: {ap}, too early to tell. Start it again for a verdict. Pictures are in "
-                f"{self.folder}/pictures. So far:\n{reasons or '(nothing to remark)'}"
-            )
         return (
             f"not learned: {ap}, where a detector that fits its data exceeds {100 * TARGET_AP:g}. Pictures are in "
             f"{self.folder}/pictures. The likely causes:\n{reasons or '(none found: look at the pictures)'}"
