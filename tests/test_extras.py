@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 import tomllib
 from pathlib import Path
@@ -40,3 +41,36 @@ def test_dev_has_what_the_extras_have() -> None:
     everything = [line for name in get_args(Extra) for line in groups[name]]
     assert sorted(groups["all"]) == sorted(everything)
     assert "fpn_det[all]" in groups["dev"]
+
+
+WITHOUT_EXTRAS = """
+import importlib, pathlib, pkgutil, runpy, sys
+
+import torchvision  # which looks for some of them, too, but does not need them
+
+
+class Missing:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in sys.argv[1:]:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+
+sys.meta_path.insert(0, Missing())
+import fpn_det
+
+for module in pkgutil.walk_packages(fpn_det.__path__, "fpn_det."):
+    if module.name != "fpn_det.demo.app":  # which tools/demo.py imports after it has looked
+        importlib.import_module(module.name)
+for tool in pathlib.Path("tools").glob("*.py"):
+    runpy.run_path(str(tool), run_name="imported")
+fpn_det.Detector
+"""
+
+
+def test_everything_can_be_imported_without_the_extras() -> None:
+    names = ["matplotlib", "onnx", "onnxruntime", "onnxscript", "cv2", "starlette", "uvicorn", "supervision", "anyio"]
+    root = Path(__file__).parent.parent
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_EXTRAS, *names], cwd=root, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
