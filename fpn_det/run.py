@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import shlex
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, nullcontext
 from pathlib import Path
@@ -139,6 +140,9 @@ class Training:
             self.evaluate(self.num_steps)
             written = ["final.pth", "metrics.json", *([] if self.proposals_only else ["predictions.json"])]
             self.log.message(f"done: {', '.join(f'{self.folder}/{name}' for name in written)}")
+            if not self.proposals_only:
+                best = shlex.quote(f"{self.folder}/best.pth")
+                self.log.message(f"what it gets wrong: python tools/eval.py --checkpoint {best} --report")
 
     def introduce(self, notes: Sequence[str]) -> None:
         """Begin the log: what was found in the folder and in the data, and what is about to happen."""

@@ -104,6 +104,7 @@ def test_comparison_of_two_runs(tool, run: Path, better: Path, shapes: Path, bro
     assert (outcome.code, outcome.err) == (0, "")
     assert "seed: 0 | 7" in outcome.out
     assert outcome.out.endswith(f"written: {tmp_path / 'comparison.html'}\n")
+    assert len(list(tmp_path.glob("curve_*.png"))) == 2  # loss and AP, as log.jsonl of a run calls them
     numbers = json.loads((tmp_path / "comparison.json").read_text())
     ap = numbers["metrics"][0]
     assert ap["a"] == json.loads((run / "metrics.json").read_text())["AP"]

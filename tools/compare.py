@@ -35,8 +35,8 @@ from fpn_det.report.comparison import compare, format_comparison, write_comparis
 from fpn_det.report.examples import ReadImage
 from fpn_det.structures import InputError, printable
 
-CURVES = {"train/loss": "loss", "val/AP": "AP of the validation set"}
-"""Records of log.jsonl that are drawn."""
+CURVES = {"loss/total": ("loss", 1), "val/AP": ("AP of the validation set, percent", 100)}
+"""Records of log.jsonl that are drawn: what the chart is called, and the factor of its values."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,11 +188,12 @@ def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def training_curves(a: Run, b: Run) -> dict[str, dict[str, tuple[list[int], list[float]]]]:
     """What `CURVES` names -> A and B -> steps and values, of the runs that have such records."""
     curves: dict[str, dict[str, tuple[list[int], list[float]]]] = {}
-    for key, title in CURVES.items():
+    for key, (title, factor) in CURVES.items():
         for side, run in (("A", a), ("B", b)):
             records = [r for r in run.log if isinstance(r.get(key), float | int)]
             if records:
-                curves.setdefault(title, {})[side] = ([r["step"] for r in records], [r[key] for r in records])
+                values = [factor * r[key] for r in records]
+                curves.setdefault(title, {})[side] = ([r["step"] for r in records], values)
     return curves
 
 

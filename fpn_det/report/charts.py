@@ -33,6 +33,7 @@ def lines(
     x_range: tuple[float, float] | None = None,
     y_range: tuple[float, float] | None = None,
     diagonal: bool = False,
+    whole_x: bool = False,
 ) -> bytes:
     """Lines over numbers.
 
@@ -43,8 +44,11 @@ def lines(
         x_range: first and last x.
         y_range: first and last y.
         diagonal: whether to mark x = y.
+        whole_x: whether x are whole numbers.
     """
     figure, axes = _figure(6.0, 4.2)
+    if whole_x:
+        axes.xaxis.get_major_locator().set_params(integer=True)
     if diagonal:
         axes.axline((0, 0), slope=1, color=_TEXT, linewidth=1, linestyle=":")
     for (name, (x, y)), color in zip(series.items(), cycle(_COLORS), strict=False):

@@ -402,7 +402,7 @@ def write_comparison(
         InputError: a file cannot be written, or matplotlib is not installed.
     """
     drawn = {
-        f"curve_{i}": charts.lines(series, x_label="step", y_label=name)
+        f"curve_{i}": charts.lines(series, x_label="step", y_label=name, whole_x=True)
         for i, (name, series) in enumerate(curves.items())
     }
     bars = [
