@@ -111,10 +111,14 @@ def browser() -> Iterator[Any]:
 
     quiet = ("--disable-background-networking", "--disable-component-update", "--disable-sync", "--no-first-run")
     sandbox = () if os.geteuid() else ("--no-sandbox",)  # which Chromium refuses to use as root
-    with sync_playwright() as playwright:
+    manager = sync_playwright()
+    with manager as playwright:
         try:
             chromium = playwright.chromium.launch(executable_path=which("chromium"), args=[*quiet, *sandbox])
         except Error as error:
             pytest.skip(f"no browser: install the package chromium, or run `playwright install chromium` ({error})")
         yield chromium
         chromium.close()
+        # It would wait for the end of a pipe, which processes hold that were forked meanwhile and still live, as the
+        # workers of a loader do that a failed test left behind.
+        manager._client._transport._proc.kill()
