@@ -30,6 +30,6 @@ def require(module: str, *, extra: Extra, purpose: str) -> ModuleType:
         if error.name is None or error.name.partition(".")[0] != package:
             raise  # the package is there, something that it needs is not
         raise InputError(
-            f'{purpose} needs the package {package}, which is not installed: pip install "fpn_det[{extra}]", or in a '
-            f'checkout pip install -e ".[{extra}]"'
+            f"{purpose} needs the package {package}, which is not installed: pip install -e '.[{extra}]' in the folder "
+            "that holds pyproject.toml"
         ) from error

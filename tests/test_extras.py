@@ -21,7 +21,7 @@ def test_a_package_that_is_there_is_imported() -> None:
 
 
 def test_a_missing_package_says_the_command() -> None:
-    with pytest.raises(InputError, match=r'Drawing needs the package no_such_thing.*pip install "fpn_det\[report\]"'):
+    with pytest.raises(InputError, match=r"Drawing needs the package no_such_thing.*pip install -e '\.\[report\]'"):
         require("no_such_thing.part", extra="report", purpose="Drawing")
 
 

@@ -192,5 +192,5 @@ def test_a_missing_package_is_named_with_its_command(tool, trained, tmp_path, mo
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     outcome = tool("export", "--checkpoint", trained, "--format", "onnx", "--output", tmp_path / "d.onnx")
     assert outcome.code == 2
-    assert 'pip install "fpn_det[export]"' in outcome.err
+    assert "pip install -e '.[export]'" in outcome.err
     assert list(tmp_path.iterdir()) == []

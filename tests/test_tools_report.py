@@ -96,7 +96,7 @@ def test_reports_that_cannot_be(tool, tiny, run: Path, better: Path, monkeypatch
     assert (outcome.code, "model.kind rpn only proposes" in outcome.err) == (2, True)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     outcome = tool("eval", "--checkpoint", run / "final.pth", "--report")
-    assert (outcome.code, outcome.out, 'pip install "fpn_det[report]"' in outcome.err) == (2, "", True)
+    assert (outcome.code, outcome.out, "pip install -e '.[report]'" in outcome.err) == (2, "", True)
 
 
 def test_comparison_of_two_runs(tool, run: Path, better: Path, shapes: Path, browser, tmp_path: Path) -> None:
