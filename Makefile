@@ -27,7 +27,7 @@ test: .venv/installed-dev
 
 # What takes minutes: runs that are killed, jobs that lose a process, full disks, long runs, thousands of bad files.
 soak: .venv/installed-dev
-	$(BIN)/python -m pytest -m soak tests/soak
+	$(BIN)/python -m pytest -m soak
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check .

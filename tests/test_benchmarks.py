@@ -34,6 +34,7 @@ def bench(monkeypatch, capsys):
     return run
 
 
+@pytest.mark.soak
 def test_tiny_run_writes_everything_and_survives_what_fails(bench, tmp_path):
     document = tmp_path / "performance.md"
     document.write_text(f"before\n{tables.BEGIN}\nold\n{tables.END}\nafter\n")

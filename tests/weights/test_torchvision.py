@@ -218,6 +218,7 @@ def test_detections_equal_those_of_torchvision(pair: tuple[TorchvisionFasterRCNN
     assert {k: m for k, (a, b) in found.items() if (m := mismatches(a, b, ours.categories))} == {}
 
 
+@pytest.mark.soak
 def test_detections_at_full_size_on_real_images(
     pair: tuple[TorchvisionFasterRCNN, Path],
     images: list[Path],
