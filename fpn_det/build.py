@@ -418,6 +418,13 @@ def config_for(state: State, path: Path, *, given: Path | None, overrides: Seque
     return parse_config(state["config"], source=f"the config in {path}", overrides=overrides)
 
 
+def detected_categories(config: Config, state: State) -> Categories:
+    """The classes of what the model of a checkpoint detects: its own, or for proposals, which are of none, "object"."""
+    if config.model.kind == "rpn":
+        return Categories(ids=(1,), names=("object",))
+    return checkpoint_categories(state)
+
+
 def load_detector(config: Config, path: Path, device: torch.device) -> tuple[DetectionModel, State]:
     """A trained detector on `device`, only to detect with, and the checkpoint that it comes from.
 

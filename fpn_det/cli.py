@@ -33,6 +33,14 @@ def config_parser(description: str | None, *, required: bool = True) -> argparse
     return parser
 
 
+def count(text: str) -> int:
+    """A whole number of at least 1 from the command line: a `type` for `add_argument`."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, not {text}")
+    return value
+
+
 def say(text: str, *, file: TextIO | None = None) -> None:
     """Print lines that may hold names from files: whatever else a terminal would obey is escaped.
 

@@ -34,7 +34,7 @@ from fpn_det.ahead import ahead
 from fpn_det.data.loader import collate
 from fpn_det.data.transforms import TestTransform, from_pillow, load_image, resized_size
 from fpn_det.draw import draw_detections
-from fpn_det.engine.checkpoint import checkpoint_categories, load_checkpoint
+from fpn_det.engine.checkpoint import load_checkpoint
 from fpn_det.engine.evaluate import DetectionModel, detect, merge_views, to_coco_results
 from fpn_det.engine.precision import Precision
 from fpn_det.engine.tiling import Window, merge_windows, windows_of
@@ -218,12 +218,9 @@ class Detector:
         if settings.model.kind == "fast_rcnn":
             raise InputError("model.kind fast_rcnn needs proposals of each image; predict with faster_rcnn or rpn")
         place = _device(device)
-        categories = checkpoint_categories(state)
-        if settings.model.kind == "rpn":
-            categories = Categories(ids=(1,), names=("object",))  # proposals are of no class
         return cls(
             build.build_detector(settings, state, path, place),
-            categories=categories,
+            categories=build.detected_categories(settings, state),
             transforms=build.build_test_transforms(settings),
             device=place,
             precision=settings.train.precision,

@@ -14,7 +14,7 @@ import socket
 import sys
 from pathlib import Path
 
-from fpn_det.cli import say, user_errors
+from fpn_det.cli import count, say, user_errors
 from fpn_det.detector import Detector
 from fpn_det.extras import require
 from fpn_det.structures import InputError, printable
@@ -29,7 +29,7 @@ def main() -> None:
     parser.add_argument("--config", type=Path, help="YAML file (default: the config in the checkpoint)")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine only)")
     parser.add_argument("--port", type=int, default=8000, help="0 takes any free one")
-    parser.add_argument("--max-mb", type=positive, default=50, help="largest file to accept, in MiB")
+    parser.add_argument("--max-mb", type=count, default=50, help="largest file to accept, in MiB")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="values that replace those of the config")
     args = parser.parse_intermixed_args()
     with user_errors():
@@ -75,14 +75,6 @@ def listen(host: str, port: int) -> socket.socket:
     except (OSError, OverflowError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else error
         raise InputError(f"cannot listen on {host}:{port} ({reason}); choose another --port or --host") from error
-
-
-def positive(text: str) -> int:
-    """A whole number from 1 on."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, not {text}")
-    return value
 
 
 if __name__ == "__main__":

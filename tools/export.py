@@ -97,12 +97,11 @@ def export_checkpoint(
     if device.type == "cuda" and (format == "onnx" or not torch.cuda.is_available()):
         reason = "an ONNX file is of no device" if format == "onnx" else "torch sees no GPU"
         raise InputError(f"--device cuda: {reason}; leave it out")
-    config = read_config(checkpoint_path, config_path, overrides)
-    model, state = build.load_detector(config, checkpoint_path, device)
-    categories = checkpoint.checkpoint_categories(state)
-    if isinstance(model, ProposalNetwork):
-        categories = Categories(ids=(1,), names=("object",))  # proposals are of no class
-    assert not isinstance(model, FastRCNN), "read_config refuses it"
+    state = checkpoint.load_checkpoint(checkpoint_path)
+    config = config_for_export(state, checkpoint_path, config_path, overrides)
+    model = build.build_detector(config, state, checkpoint_path, device)
+    categories = build.detected_categories(config, state)
+    assert not isinstance(model, FastRCNN), "config_for_export refuses it"
     images = load_check_images(config, state, checkpoint_path, folder, num_images)
     with write_errors(output.parent):
         output.parent.mkdir(parents=True, exist_ok=True)
@@ -138,9 +137,10 @@ def export_checkpoint(
     say(f"written: {output} ({output.stat().st_size / 1e6:.1f} MB)")
 
 
-def read_config(checkpoint_path: Path, config_path: Path | None, overrides: Sequence[str]) -> Config:
+def config_for_export(
+    state: checkpoint.State, checkpoint_path: Path, config_path: Path | None, overrides: Sequence[str]
+) -> Config:
     """The config of what is exported; refuses what cannot be."""
-    state = checkpoint.load_checkpoint(checkpoint_path)
     config = build.config_for(state, checkpoint_path, given=config_path, overrides=[*overrides, *FIXED])
     if config.model.kind == "fast_rcnn":
         raise InputError("model.kind fast_rcnn needs proposals of each image; export faster_rcnn or rpn")

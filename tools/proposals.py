@@ -14,13 +14,12 @@ An image that cannot be read gets no proposals: standard error says which and wh
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import sys
 from pathlib import Path
 
 from fpn_det import build
-from fpn_det.cli import config_parser, say, user_errors
+from fpn_det.cli import config_parser, count, say, user_errors
 from fpn_det.config import Config, load_config
 from fpn_det.data.loader import explain_unreadable
 from fpn_det.data.proposals import ImageProposals, read_proposals, write_proposals
@@ -103,14 +102,6 @@ def sha256(path: Path) -> str:
     """Checksum of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def count(text: str) -> int:
-    """A number of at least 1 from the command line."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, not {text}")
-    return value
 
 
 if __name__ == "__main__":
