@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: quickstart test soak lint
+.PHONY: quickstart test test-cuda soak lint
 
 # Generate the shapes, train on them without a GPU or a download, evaluate, draw predictions.
 quickstart: .venv/installed
@@ -24,6 +24,10 @@ quickstart: .venv/installed
 
 test: .venv/installed-dev
 	$(BIN)/python -m pytest
+
+# What needs a GPU; `make test` uses none.
+test-cuda: .venv/installed-dev
+	$(BIN)/python -m pytest -m cuda
 
 # What takes minutes: runs that are killed, jobs that lose a process, full disks, long runs, thousands of bad files.
 soak: .venv/installed-dev

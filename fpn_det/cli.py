@@ -48,7 +48,8 @@ def say(text: str, *, file: TextIO | None = None) -> None:
         text: one line or more; a name that is a part of a line must not break it, so escape it with `printable`.
         file: the standard output by default.
     """
-    print(printable(text, keep="\n"), file=file)
+    # Newline included, so that it is one write: other processes of a job may speak at the same time.
+    print(printable(text + "\n", keep="\n"), end="", file=file)
 
 
 @contextmanager

@@ -19,6 +19,12 @@ from fpn_det.data.shapes import generate
 ROOT = Path(__file__).parent.parent
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Hide the GPUs, unless the tests that need one were asked for: the others fork, and compare runs to the bit."""
+    if "cuda" not in config.option.markexpr or "not cuda" in config.option.markexpr:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 @pytest.fixture(scope="session", autouse=True)
 def own_cache(tmp_path_factory) -> Iterator[None]:
     """Tests write nothing to the user's cache, and find nothing there."""

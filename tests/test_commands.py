@@ -52,6 +52,7 @@ NOT_RUN = {
     "python tools/download_coco.py": "needs a network; tests/test_tools_download_coco.py runs it with a server",
     "make test": "is what runs this",
     "make soak": "takes half an hour",
+    "make test-cuda": "needs a GPU",
     "make lint": "each run of CI does it",
 }
 

@@ -69,6 +69,7 @@ def test_by_default_every_image_could_be_read(batch: Batch) -> None:
     assert (batch.unreadable.shape, batch.unreadable.dtype) == ((0,), torch.int64)
 
 
+@pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="page-locked memory needs a CUDA device")
 def test_pin_memory(batch: Batch, batch_with_proposals: Batch) -> None:
     pinned = batch.pin_memory()

@@ -158,7 +158,9 @@ class Watchdog:
             if waited_s > self.timeout_s:
                 message = f"error (rank {self.rank}): no progress for {waited_s:.0f} s while {self.where()}. "
                 try:
-                    print(printable(message + self._reason()), file=sys.stderr, flush=True)
+                    # Newline included, so that it is one write, which no other process can come in between of.
+                    sys.stderr.write(printable(message + self._reason()) + "\n")
+                    sys.stderr.flush()
                 finally:
                     os._exit(STALLED_EXIT_CODE)  # the main thread waits outside of Python
 

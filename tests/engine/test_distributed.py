@@ -196,10 +196,22 @@ def test_a_start_finds_no_traces_of_an_earlier_one():
     assert store.num_keys() > 0
 
 
+class Lingering:
+    """A standard error whose writes are far apart, so that another process's come in between."""
+
+    def write(self, text: str) -> None:
+        os.write(2, text.encode())
+        time.sleep(0.5)
+
+    def flush(self) -> None:
+        pass
+
+
 def test_who_holds_up_the_job_is_named(capfd):
-    """One process waits for data, the other for it."""
+    """One process waits for data, the other for it. Both say so at once, each in a line of its own."""
 
     def work(process: Process) -> None:
+        sys.stderr = Lingering()  # type: ignore[assignment]
         process.doing("training", 5)
         if process.rank == 1:
             process.doing("waiting for data", 6)

@@ -21,7 +21,7 @@ from fpn_det.models.roi_head import CascadeRoIHead
 from fpn_det.models.roi_pool import MultiLevelRoIAlign
 from fpn_det.structures import Batch, InputError
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 SIZES = [(96, 128), (90, 100), (64, 128)]
