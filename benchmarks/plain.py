@@ -18,7 +18,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torchvision.ops import roi_align
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -44,8 +44,17 @@ def pool_level_by_level(self: MultiLevelRoIAlign, features: Sequence[Tensor], bo
     return pooled
 
 
+def norm_after_convolution(
+    conv: nn.Module, norm: nn.Module, x: Tensor, *, shortcut: Tensor | None = None, relu: bool = False
+) -> Tensor:
+    """The layers one after the other."""
+    x = norm(conv(x))
+    x = x if shortcut is None else x.add_(shortcut)
+    return x.relu_() if relu else x
+
+
 PLAIN_FORMS: dict[str, tuple[Any, str, Any]] = {
-    "frozen norms after the convolutions": (backbone, "apply_conv_norm", lambda conv, norm, x: norm(conv(x))),
+    "frozen norms after the convolutions": (backbone, "apply_conv_norm", norm_after_convolution),
     "RPN loss from the outputs of all anchors": (RPNHead, "at", UnsharedRPNHead.at),
     "torchvision's RoIAlign, level by level": (MultiLevelRoIAlign, "forward", pool_level_by_level),
     "first layer of the box head as a product": (roi_head, "linear_of_features", lambda fc, x: fc(x.flatten(1))),

@@ -69,6 +69,8 @@ def test_the_detector(trained: Path, shapes: Path) -> None:
 def test_a_job_of_torchrun_by_nccl(tiny, tmp_path) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "1", "tools/train.py", *tiny]
     command += ["--output-dir", str(tmp_path / "run"), "model.backbone.norm=sync_bn", "train.accumulate=2"]
-    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    ended = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
     assert ended.returncode == 0, ended.stderr
     assert (tmp_path / "run/final.pth").exists()

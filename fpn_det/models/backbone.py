@@ -26,10 +26,9 @@ class BasicBlock(resnet.BasicBlock):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, h, w) -> (N, planes, h / stride, w / stride), rounded up."""
-        out = apply_conv_norm(self.conv1, self.bn1, x).relu_()
-        out = apply_conv_norm(self.conv2, self.bn2, out)
         shortcut = x if self.downsample is None else apply_conv_norm(self.downsample[0], self.downsample[1], x)
-        return out.add_(shortcut).relu_()
+        out = apply_conv_norm(self.conv1, self.bn1, x, relu=True)
+        return apply_conv_norm(self.conv2, self.bn2, out, shortcut=shortcut, relu=True)
 
 
 class Bottleneck(resnet.Bottleneck):
@@ -37,11 +36,10 @@ class Bottleneck(resnet.Bottleneck):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, h, w) -> (N, 4 * planes, h / stride, w / stride), rounded up."""
-        out = apply_conv_norm(self.conv1, self.bn1, x).relu_()
-        out = apply_conv_norm(self.conv2, self.bn2, out).relu_()
-        out = apply_conv_norm(self.conv3, self.bn3, out)
         shortcut = x if self.downsample is None else apply_conv_norm(self.downsample[0], self.downsample[1], x)
-        return out.add_(shortcut).relu_()
+        out = apply_conv_norm(self.conv1, self.bn1, x, relu=True)
+        out = apply_conv_norm(self.conv2, self.bn2, out, relu=True)
+        return apply_conv_norm(self.conv3, self.bn3, out, shortcut=shortcut, relu=True)
 
 
 BODIES: dict[str, dict[str, Any]] = {
@@ -103,7 +101,7 @@ class ResNet(nn.Module):
     def forward(self, images: Tensor) -> list[Tensor]:
         """(N, 3, H, W) normalised images -> C2..C5, (N, channels[i], H / strides[i], W / strides[i]) rounded up."""
         conv, norm, _, max_pool = self.stem
-        x = max_pool(apply_conv_norm(conv, norm, images).relu_())
+        x = max_pool(apply_conv_norm(conv, norm, images, relu=True))
         features = []
         for stage in self.stages:
             x = self.get_submodule(stage)(x)

@@ -10,10 +10,12 @@ Dimensions: N images, C channels of every level, H and W of the padded batch.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.amp import is_autocast_available
 from torch.nn.functional import interpolate
 
 from fpn_det.models.norms import Norm, conv_norm
@@ -180,7 +182,9 @@ class Upsample(nn.Module):
         """(N, C, h, w) -> (N, C, *size), `size` at most (2h, 2w)."""
         match self.kind:
             case "nearest":
-                return interpolate(x, size=size, mode="nearest")
+                kind = x.device.type
+                with torch.autocast(kind, enabled=False) if is_autocast_available(kind) else nullcontext():
+                    return interpolate(x, size=size, mode="nearest")  # which autocast would do in float32
             case "bilinear":
                 return interpolate(x, size=size, mode="bilinear", align_corners=False)
             case "deconv":

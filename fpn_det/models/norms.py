@@ -11,8 +11,10 @@ from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
+import torchvision
 from torch import Tensor, nn
-from torchvision.ops import FrozenBatchNorm2d
+
+from fpn_det import kernels
 
 Norm = Literal["frozen_bn", "bn", "sync_bn", "gn"]
 
@@ -34,6 +36,31 @@ def norm_layer(norm: Norm, eps: float = 1e-5) -> Callable[[int], nn.Module]:
             return partial(SyncBatchNorm, eps=eps)
         case "gn":
             return lambda channels: nn.GroupNorm(32, channels, eps=eps)
+
+
+class FrozenBatchNorm2d(torchvision.ops.FrozenBatchNorm2d):
+    """torchvision's normalisation by constants; which multiplication and addition it is, is computed once."""
+
+    def __init__(self, num_features: int, eps: float = 1e-5) -> None:
+        super().__init__(num_features, eps)
+        self._computed: tuple[Tensor, Tensor] | None = None
+        self._computed_from: list[tuple[Tensor, int]] = []
+
+    def affine(self) -> tuple[Tensor, Tensor]:
+        """(C,) scale and shift; of five small kernels per norm, a step on a GPU would wait for the host."""
+        if torch.compiler.is_compiling() or self.weight.is_inference():
+            return self._affine()
+        known = zip(self.buffers(), self._computed_from, strict=False)
+        # Buffers are replaced when they move to another device, and written to when weights are loaded.
+        if self._computed is None or any(now is not then or now._version != version for now, (then, version) in known):
+            with torch.inference_mode(False):  # or training after it could not use them
+                self._computed = self._affine()
+            self._computed_from = [(buffer, buffer._version) for buffer in self.buffers()]
+        return self._computed
+
+    def _affine(self) -> tuple[Tensor, Tensor]:
+        scale = self.weight * (self.running_var + self.eps).rsqrt()
+        return scale, self.bias - self.running_mean * scale
 
 
 class SyncBatchNorm(nn.BatchNorm2d):
@@ -97,7 +124,7 @@ def conv_norm(
 
     The weights are drawn as in Detectron's FPN (Kaiming, uniform, a = 1); the bias is 0.
     """
-    conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride, kernel_size // 2, bias=norm is None)
+    conv = Conv2d(in_channels, out_channels, kernel_size, stride, kernel_size // 2, bias=norm is None)
     nn.init.kaiming_uniform_(conv.weight, a=1)
     if norm is None:
         nn.init.zeros_(conv.bias)  # type: ignore[arg-type]
@@ -105,24 +132,46 @@ def conv_norm(
     return nn.Sequential(conv, norm_layer(norm)(out_channels))
 
 
-def apply_conv_norm(conv: nn.Module, norm: nn.Module, x: Tensor) -> Tensor:
-    """`norm(conv(x))` for an `nn.Conv2d` without bias.
+def apply_conv_norm(
+    conv: nn.Module, norm: nn.Module, x: Tensor, *, shortcut: Tensor | None = None, relu: bool = False
+) -> Tensor:
+    """`relu(norm(conv(x)) + shortcut)` for an `nn.Conv2d` without bias, or with one if the norm was folded into it.
 
     A frozen norm is a multiplication and an addition per channel. Folded into the convolution's weights and bias, it
     costs neither a pass over the features nor memory for the backward pass; the gradients are the same.
     """
-    if not isinstance(norm, FrozenBatchNorm2d):
-        out: Tensor = norm(conv(x))
-        return out
     assert isinstance(conv, nn.Conv2d)
-    scale, shift = frozen_affine(norm)
-    return conv._conv_forward(x, conv.weight * scale[:, None, None, None], shift)
+    weight, shift = conv.weight, conv.bias
+    if isinstance(norm, FrozenBatchNorm2d):
+        scale, shift = norm.affine()
+        weight = weight * scale[:, None, None, None]
+    elif not isinstance(norm, nn.Identity):
+        return _activated(norm(conv(x)), shortcut, relu)
+    if shift is not None and kernels.serve(x):
+        out = conv._conv_forward(x, weight, None)
+        if out.is_contiguous(memory_format=torch.channels_last) and (shortcut is None or shortcut.dtype == out.dtype):
+            from fpn_det.kernels.shift_relu import shift_relu
+
+            return shift_relu(out, shift, shortcut, relu=relu)
+        return _activated(out + shift[:, None, None].to(out.dtype), shortcut, relu)
+    return _activated(conv._conv_forward(x, weight, shift), shortcut, relu)
 
 
-def frozen_affine(norm: FrozenBatchNorm2d) -> tuple[Tensor, Tensor]:
-    """(C,) scale and shift of a frozen norm."""
-    scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
-    return scale, norm.bias - norm.running_mean * scale
+def _activated(x: Tensor, shortcut: Tensor | None, relu: bool) -> Tensor:
+    if shortcut is not None:
+        x = x.add_(shortcut)
+    return x.relu_() if relu else x
+
+
+class Conv2d(nn.Conv2d):
+    """PyTorch's, whose bias is added along with what follows where that is faster (`apply_conv_norm`)."""
+
+    def forward(self, x: Tensor, *, relu: bool = False) -> Tensor:
+        """(N, C_in, H, W) -> (N, C_out, h, w)."""
+        return apply_conv_norm(self, _NO_NORM, x, relu=relu)
+
+
+_NO_NORM = nn.Identity()
 
 
 @torch.no_grad()
@@ -134,7 +183,7 @@ def fold_frozen_norms(model: nn.Module) -> None:
                 conv = parent.get_submodule(name.replace("bn", "conv") if name.startswith("bn") else f"{int(name) - 1}")
                 assert isinstance(conv, nn.Conv2d)
                 assert conv.bias is None
-                scale, shift = frozen_affine(norm)
+                scale, shift = norm.affine()
                 conv.weight.mul_(scale[:, None, None, None])
-                conv.bias = nn.Parameter(shift)
+                conv.bias = nn.Parameter(shift.clone())
                 setattr(parent, name, nn.Identity())

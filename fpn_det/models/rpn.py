@@ -24,6 +24,7 @@ from fpn_det.models.anchors import Anchors, level_shapes, locate
 from fpn_det.models.box_loss import BoxLoss, box_loss
 from fpn_det.models.matching import ANCHORS, match, noise, sample
 from fpn_det.models.nms import nms_per_level
+from fpn_det.models.norms import Conv2d
 from fpn_det.structures import Proposals, Targets
 
 
@@ -75,7 +76,7 @@ class RPNHead(nn.Module):
         super().__init__()
         channels = channels or in_channels
         widths = [in_channels, *[channels] * num_convs]
-        self.convs = nn.ModuleList(nn.Conv2d(widths[i], channels, 3, padding=1) for i in range(num_convs))
+        self.convs = nn.ModuleList(Conv2d(widths[i], channels, 3, padding=1) for i in range(num_convs))
         self.objectness = nn.Conv2d(widths[-1], num_anchors, kernel_size=1)
         self.deltas = nn.Conv2d(widths[-1], num_anchors * 4, kernel_size=1)
         for conv in (*self.convs, self.objectness, self.deltas):
@@ -87,7 +88,7 @@ class RPNHead(nn.Module):
         logits, deltas = [], []
         for x in features:
             for conv in self.convs:
-                x = conv(x).relu_()
+                x = conv(x, relu=True)
             logits.append(self.objectness(x).permute(0, 2, 3, 1).flatten(1))
             deltas.append(self.deltas(x).permute(0, 2, 3, 1).reshape(x.shape[0], -1, 4))
         return logits, deltas

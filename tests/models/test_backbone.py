@@ -14,7 +14,7 @@ from torch.nn.functional import conv2d
 from torchvision.models.resnet import BasicBlock, Bottleneck
 from torchvision.ops import FrozenBatchNorm2d
 
-from fpn_det.models import backbone
+from fpn_det.models import backbone, norms
 from fpn_det.models.backbone import BODIES, Layer4, ResNet, read_classifier
 from fpn_det.models.norms import SyncBatchNorm
 from fpn_det.models.roi_head import Res5Head
@@ -180,7 +180,7 @@ def test_layer4_refuses_what_does_not_fit(classifier: dict[str, torch.Tensor]) -
 @pytest.mark.parametrize(
     ("norm", "kind"),
     [
-        ("frozen_bn", FrozenBatchNorm2d),
+        ("frozen_bn", norms.FrozenBatchNorm2d),
         ("bn", nn.BatchNorm2d),
         ("sync_bn", SyncBatchNorm),
         ("gn", nn.GroupNorm),
@@ -375,7 +375,7 @@ def test_frozen_norms_folded_into_convolutions(block: type[BasicBlock | Bottlene
             for buffer in module.buffers():
                 nn.init.uniform_(buffer, 0.5, 1.5)
     ours = {BasicBlock: backbone.BasicBlock, Bottleneck: backbone.Bottleneck}[block](
-        8, 4, stride, copy.deepcopy(shortcut), norm_layer=FrozenBatchNorm2d
+        8, 4, stride, copy.deepcopy(shortcut), norm_layer=norms.FrozenBatchNorm2d
     ).double()
     ours.load_state_dict(theirs.state_dict())
     x = torch.randn(2, 8, 7, 9, dtype=torch.float64, requires_grad=True)
@@ -387,3 +387,24 @@ def test_frozen_norms_folded_into_convolutions(block: type[BasicBlock | Bottlene
     ]
     for a, b in zip(*grads, strict=True):
         torch.testing.assert_close(a, b)
+
+
+def test_a_frozen_norm_follows_its_buffers() -> None:
+    """What is computed once is computed anew when weights are loaded, and for a copy or another type."""
+    norm, x = norms.FrozenBatchNorm2d(4), torch.randn(2, 4, 3, 3)
+
+    def applied(norm: norms.FrozenBatchNorm2d) -> torch.Tensor:
+        scale, shift = norm.affine()
+        assert norm.affine()[0] is scale
+        return x.to(scale.dtype) * scale[:, None, None] + shift[:, None, None]
+
+    with torch.inference_mode():
+        torch.testing.assert_close(applied(norm), norm(x))
+    norm.load_state_dict({name: torch.rand(4) + 0.5 for name in norm.state_dict()})
+    torch.testing.assert_close(applied(norm), norm(x))
+    twin = copy.deepcopy(norm)
+    twin.running_mean += 1
+    torch.testing.assert_close(applied(twin), twin(x))
+    torch.testing.assert_close(applied(norm), norm(x))
+    torch.testing.assert_close(applied(norm.double()), norm(x.double()))
+    assert not norm.affine()[0].is_inference()
