@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fpn_det import kernels
 from fpn_det.structures import Targets
 
 IOU_CHUNK_ELEMENTS = 1 << 24
@@ -125,6 +126,10 @@ def noise(seeds: Tensor, num: int, *, salt: int) -> Tensor:
     Returns:
         (N, B) float32, uniform in 0..1, in steps of 2**-31 near 0, where `sample` looks.
     """
+    if kernels.serve(seeds):
+        from fpn_det.kernels.noise import noise as fused
+
+        return fused(seeds, num, salt=salt)
     low, high = seeds.to(torch.int32), (seeds >> 32).to(torch.int32)
     key = _mix(_mix(_mix(torch.full_like(low, salt)) ^ low) ^ high)
     position = _mix(torch.arange(num, dtype=torch.int32, device=seeds.device))

@@ -300,21 +300,22 @@ class RPN(nn.Module):
             logits, deltas, anchors: as from `forward`.
             sizes: (N, 2) (h, w) of the images without padding.
         """
-        level_boxes, level_logits = [], []
+        top_logits, top_deltas, top_anchors = [], [], []
         for logit, delta, anchor in zip(logits, deltas, anchors, strict=True):
             top_k = min(self.pre_nms_top_k[self.training], logit.shape[1])
-            top_logit, index = logit.detach().topk(top_k, dim=1)
-            top_delta = delta.detach().gather(1, index[:, :, None].expand(-1, -1, 4))
-            top_boxes = box_ops.decode(top_delta, anchor[index], delta_clamp=self.delta_clamp)
-            level_boxes.append(box_ops.clip(top_boxes, sizes[:, None]))
-            level_logits.append(top_logit)
-        boxes, all_logits = torch.cat(level_boxes, 1), torch.cat(level_logits, 1)
+            top_logit, index = logit.topk(top_k, dim=1)
+            top_logits.append(top_logit)
+            top_deltas.append(delta.gather(1, index[:, :, None].expand(-1, -1, 4)))
+            top_anchors.append(anchor[index])
+        all_logits = torch.cat(top_logits, 1)
+        boxes = box_ops.decode(torch.cat(top_deltas, 1), torch.cat(top_anchors, 1), delta_clamp=self.delta_clamp)
+        boxes = box_ops.clip(boxes, sizes[:, None])
         valid = box_ops.nonempty(boxes, self.min_size) & all_logits.isfinite()
         index, kept = nms_per_level(
             boxes,
             all_logits,
             valid,
-            level_sizes=[x.shape[1] for x in level_logits],
+            level_sizes=[x.shape[1] for x in top_logits],
             iou_thresh=self.nms_thresh,
             top_k=min(self.post_nms_top_k[self.training], boxes.shape[1]),
         )
