@@ -31,7 +31,7 @@ test-cuda: .venv/installed-dev
 
 # What takes minutes: runs that are killed, jobs that lose a process, full disks, long runs, thousands of bad files.
 soak: .venv/installed-dev
-	$(BIN)/python -m pytest -m soak
+	$(BIN)/python -m pytest -m "soak and not cuda"
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check .
