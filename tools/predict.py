@@ -137,7 +137,7 @@ class Run:
         with write_errors(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
         begun, image_ids = time.monotonic(), count(1)
-        with StopSignal() as stop, self._results() as write:
+        with StopSignal("stopping after what has begun") as stop, self._results() as write:
             for is_image, group in groupby(sources, key=lambda source: source.is_image):
                 if is_image:
                     self._images(list(group), image_ids, write, stop)

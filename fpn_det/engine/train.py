@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 import signal
 import time
 from collections.abc import Callable, Iterable
@@ -107,7 +108,7 @@ def train(
     stream = iter(batches)
     overdue = False  # whether a checkpoint waits for a step that is not skipped
     model.train()
-    with StopSignal() as stop:
+    with StopSignal("stopping after this step and saving" if process.is_main else "") as stop:
         for step in range(start_step, num_steps):
             done = step + 1  # steps done at the end of this one: the number by which it is spoken of
             torch.manual_seed(step_seed(seed, step, process.rank))
@@ -186,7 +187,7 @@ def train(
                     return done
                 if evaluating:
                     process.doing("evaluating")
-                    if evaluate(done):
+                    if evaluate(done) or process.any(stop.requested):
                         return done
                     window.restart()
     return num_steps
@@ -339,10 +340,15 @@ class Window:
 
 
 class StopSignal:
-    """Notes SIGINT and SIGTERM while it is entered; a second signal acts as usual."""
+    """Notes SIGINT and SIGTERM while it is entered, and says so; a second signal acts as usual.
 
-    def __init__(self) -> None:
+    Args:
+        says: what it says; nothing if it is for another process to speak.
+    """
+
+    def __init__(self, says: str = "") -> None:
         self.requested = False
+        self.says = says
 
     def __enter__(self) -> Self:
         self._previous = {s: signal.signal(s, self._note) for s in (signal.SIGINT, signal.SIGTERM)}
@@ -357,6 +363,8 @@ class StopSignal:
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.requested = True
         signal.signal(number, self._previous[signal.Signals(number)])
+        if self.says:  # past the buffer of sys.stderr, which may be in use at this moment
+            os.write(2, f"\n{self.says}; once more to stop at once\n".encode())
 
 
 def format_seconds(seconds: float) -> str:

@@ -200,6 +200,20 @@ def test_a_signal_stops_after_the_step(number):
     assert signal.getsignal(number) is before
 
 
+def test_a_signal_during_an_evaluation_stops_after_it(capfd):
+    run = Run()
+
+    def evaluate(step: int) -> bool:
+        run.calls.append(("evaluate", step))
+        os.kill(os.getpid(), signal.SIGTERM)
+        return False
+
+    run.evaluate = evaluate  # type: ignore[method-assign]
+    assert run(stream(2), num_steps=6, evaluate_every=2) == 2
+    assert run.calls == [("save", 2), ("evaluate", 2)]
+    assert capfd.readouterr().err.splitlines()[1:] == ["stopping after this step and saving; once more to stop at once"]
+
+
 def test_a_second_signal_acts_as_usual():
     def batches() -> Iterator[Batch]:
         os.kill(os.getpid(), signal.SIGINT)
