@@ -25,7 +25,7 @@ WORDS_PER_PROGRAM = tl.constexpr(4)
 def solve(
     boxes: Tensor, valid: Tensor, *, level_sizes: Sequence[int], iou_thresh: float, labels: Tensor | None = None
 ) -> Tensor:
-    """As `fpn_det.models.nms.solve`, to the bit. Takes P * C * C / 8 bytes, C rounded up to a power of 2.
+    """As `fpn_det.models.nms.solve`, to the bit. Takes P * C * C / 8 bytes, one C rounded up to a power of 2.
 
     Args:
         boxes: (N, B, 4) float32 XYXY, level by level, by descending score within each level.

@@ -159,7 +159,7 @@ def solve(
         valid: (N, B) bool.
         iou_thresh: see `nms_per_level`.
         level_sizes: how many boxes each level has; boxes of different levels do not compete. None: one level.
-        labels: (N, B) int64, for one level; boxes of different labels do not compete. None: all do.
+        labels: (N, B) int64; boxes of different labels do not compete. None: all do.
     """
     sizes = [boxes.shape[1]] if level_sizes is None else list(level_sizes)
     if kernels.available(boxes.device) and not torch.compiler.is_compiling():
@@ -167,14 +167,18 @@ def solve(
 
         thresh = largest_float32_up_to(iou_thresh)
         return kernel.solve(boxes, valid, level_sizes=sizes, iou_thresh=thresh, labels=labels)
-    if level_sizes is None:
-        return iterate(boxes, valid, iou_thresh=iou_thresh, labels=labels)
-    most = max(sizes)
-    level_boxes = torch.stack([pad(x, (0, 0, 0, most - x.shape[1])) for x in boxes.split(sizes, dim=1)], dim=1)
-    level_valid = torch.stack([pad(x, (0, most - x.shape[1])) for x in valid.split(sizes, dim=1)], dim=1)
-    stays = iterate(level_boxes.flatten(0, 1), level_valid.flatten(0, 1), iou_thresh=iou_thresh)
-    stays = stays.view(level_valid.shape)
+    level_labels = None if labels is None else per_level(labels, sizes)
+    stays = iterate(per_level(boxes, sizes), per_level(valid, sizes), iou_thresh=iou_thresh, labels=level_labels)
+    stays = stays.unflatten(0, (len(boxes), len(sizes)))
     return torch.cat([stays[:, i, :size] for i, size in enumerate(sizes)], dim=1)
+
+
+def per_level(x: Tensor, sizes: Sequence[int]) -> Tensor:
+    """(N, B, ...), level by level -> (N * L, C, ...), each level padded with zeros to the size of the largest."""
+    most = max(sizes)
+    padding = (0, 0) * (x.ndim - 2)
+    levels = [pad(part, (*padding, 0, most - part.shape[1])) for part in x.split(list(sizes), dim=1)]
+    return torch.stack(levels, dim=1).flatten(0, 1)
 
 
 def iterate(boxes: Tensor, valid: Tensor, *, iou_thresh: float, labels: Tensor | None = None) -> Tensor:

@@ -98,15 +98,22 @@ def test_chains() -> None:
     assert keep[1].tolist() == [i % 2 == 1 for i in range(150)]
 
 
+@pytest.mark.parametrize("with_labels", [False, True])
 @pytest.mark.parametrize("sizes", [[70, 0, 33, 1], [1], [16, 16, 150]])
-def test_levels(sizes: list[int]) -> None:
+def test_levels(sizes: list[int], with_labels: bool) -> None:
     """Boxes of other levels do not count, nor does it matter whether a level fills a word."""
     dice = torch.Generator().manual_seed(0)
     boxes = clusters(3, sum(sizes), dice=dice)
     valid = torch.rand(3, sum(sizes), generator=dice) < 0.9
-    keep = on_device(boxes, valid, level_sizes=sizes, iou_thresh=0.4)
+    labels = torch.randint(0, 2, valid.shape, generator=dice) if with_labels else None
+    options = {"level_sizes": sizes, "iou_thresh": 0.3, "labels": labels}
     levels = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes)).expand(3, -1)
-    assert torch.equal(keep, nms.iterate(boxes, valid, iou_thresh=0.4, labels=levels))
+    groups = levels if labels is None else levels * 2 + labels
+    expected = nms.iterate(boxes, valid, iou_thresh=0.3, labels=groups)
+    assert torch.equal(on_device(boxes, valid, **options), expected)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernels, "available", lambda device: False)
+        assert torch.equal(nms.solve(boxes, valid, **options), expected)
 
 
 def test_no_images() -> None:
