@@ -103,7 +103,8 @@ def find_overlaps(
         area, better_area = (x2 - x1) * (y2 - y1), (better_x2 - better_x1) * (better_y2 - better_y1)
         width = tl.maximum(tl.minimum(x2, better_x2) - tl.maximum(x1, better_x1), 0.0)
         overlap = width * (tl.minimum(y2, better_y2) - tl.maximum(y1, better_y1))
-        iou = tl.math.div_rn(overlap, area + better_area - overlap)  # `/` would be off by a bit
+        # `/` may be off by a bit. (Triton 3.4 takes subnormal numbers for zeros here.)
+        iou = tl.math.div_rn(overlap, area + better_area - overlap)
         suppresses = (iou > iou_thresh) & (column[None] < row[:, None])
         if labels is not None:
             label, better_label = tl.load(labels + first + row, is_row), tl.load(labels + first + column, is_column)
