@@ -1,10 +1,11 @@
 """Greedy non-maximum suppression of several images, with results of fixed shape.
 
-Two implementations that keep the same boxes. On the CPU `torchvision.ops.nms` per image and group. Elsewhere each of
-its calls would wait for the device, so all images and groups run at once on fixed shapes: a box stays unless a better
-one that stays overlaps it, keep = valid & ~any(overlaps & keep), and iterating that reaches the one solution.
+Implementations that keep the same boxes. On the CPU `torchvision.ops.nms` per image and group. Elsewhere each of its
+calls would wait for the device, so all images and groups run at once on fixed shapes: a box stays unless a better one
+that stays overlaps it, keep = valid & ~any(overlaps & keep), and iterating that reaches the one solution. Where Triton
+runs, `fpn_det.kernels.nms` does so in two launches without waiting.
 
-Both compare the IoU of the boxes as they are. (`torchvision.ops.batched_nms` shifts the groups apart by adding
+All compare the IoU of the boxes as they are. (`torchvision.ops.batched_nms` shifts the groups apart by adding
 multiples of the largest coordinate, and so rounds the coordinates to as little as 1/128 pixel.)
 
 Dimensions: N images, L levels, B boxes of an image, M = problems solved at once (images x levels), C = boxes of one.
@@ -19,6 +20,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 from torchvision.ops import nms
+
+from fpn_det import kernels
 
 ITERATIONS_BEFORE_CHECK = 16
 """Iterations before the first check for convergence, which waits for the device; then twice as many, and so on.
@@ -62,12 +65,7 @@ def nms_per_level(
     """
     sizes = list(level_sizes)
     if fixed_shape if fixed_shape is not None else prefers_fixed_shape(boxes.device):
-        most = max(sizes)
-        level_boxes = torch.stack([pad(x, (0, 0, 0, most - x.shape[1])) for x in boxes.split(sizes, dim=1)], dim=1)
-        level_valid = torch.stack([pad(x, (0, most - x.shape[1])) for x in valid.split(sizes, dim=1)], dim=1)
-        stays = solve(level_boxes.flatten(0, 1), level_valid.flatten(0, 1), iou_thresh=iou_thresh)
-        stays = stays.view(level_valid.shape)
-        keep = torch.cat([stays[:, i, :size] for i, size in enumerate(sizes)], dim=1)
+        keep = solve(boxes, valid, level_sizes=sizes, iou_thresh=iou_thresh)
     else:
         keep = torch.zeros_like(valid)
         for i in range(len(boxes)):
@@ -144,8 +142,47 @@ def best(scores: Tensor, keep: Tensor, *, top_k: int) -> tuple[Tensor, Tensor]:
     return torch.where(kept, index[:, :top_k], 0), kept
 
 
-def solve(boxes: Tensor, valid: Tensor, *, iou_thresh: float, labels: Tensor | None = None) -> Tensor:
-    """Greedy NMS of M problems at once: which boxes stay, (M, C) bool.
+def solve(
+    boxes: Tensor,
+    valid: Tensor,
+    *,
+    iou_thresh: float,
+    level_sizes: Sequence[int] | None = None,
+    labels: Tensor | None = None,
+) -> Tensor:
+    """Greedy NMS of all images and levels at once: which boxes stay, (N, B) bool.
+
+    Two launches without waiting for the device where Triton runs, else as of `iterate`.
+
+    Args:
+        boxes: (N, B, 4) float32 XYXY by descending score, within each level if there are several.
+        valid: (N, B) bool.
+        iou_thresh: see `nms_per_level`.
+        level_sizes: how many boxes each level has; boxes of different levels do not compete. None: one level.
+        labels: (N, B) int64; boxes of different labels do not compete. None: all do.
+    """
+    sizes = [boxes.shape[1]] if level_sizes is None else list(level_sizes)
+    if kernels.available(boxes.device) and not torch.compiler.is_compiling():
+        from fpn_det.kernels import nms as kernel  # imports Triton, which not every machine has
+
+        thresh = largest_float32_up_to(iou_thresh)
+        return kernel.solve(boxes, valid, level_sizes=sizes, iou_thresh=thresh, labels=labels)
+    level_labels = None if labels is None else per_level(labels, sizes)
+    stays = iterate(per_level(boxes, sizes), per_level(valid, sizes), iou_thresh=iou_thresh, labels=level_labels)
+    stays = stays.unflatten(0, (len(boxes), len(sizes)))
+    return torch.cat([stays[:, i, :size] for i, size in enumerate(sizes)], dim=1)
+
+
+def per_level(x: Tensor, sizes: Sequence[int]) -> Tensor:
+    """(N, B, ...), level by level -> (N * L, C, ...), each level padded with zeros to the size of the largest."""
+    most = max(sizes)
+    padding = (0, 0) * (x.ndim - 2)
+    levels = [pad(part, (*padding, 0, most - part.shape[1])) for part in x.split(list(sizes), dim=1)]
+    return torch.stack(levels, dim=1).flatten(0, 1)
+
+
+def iterate(boxes: Tensor, valid: Tensor, *, iou_thresh: float, labels: Tensor | None = None) -> Tensor:
+    """Greedy NMS of M problems at once in plain PyTorch: which boxes stay, (M, C) bool.
 
     A box's fate is right after as many iterations as the chain of boxes that decide about it is long; none changes any
     more once all are. Waits for the device as often as `ITERATIONS_BEFORE_CHECK` must be doubled for that, as a rule
