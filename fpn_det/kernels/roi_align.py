@@ -35,8 +35,8 @@ TILE = 8
 BINS = 64
 """Bins of a program, at least 16: whole rows of bins, 7 x 7 padded to 8 x 8."""
 
-BLOCK_CHANNELS = 128
-"""Channels of a program, at most."""
+BLOCK_BYTES = 128
+"""Channels of a program, at most: a cache line of each cell. With more, GPUs before Hopper run out of registers."""
 
 NUM_WARPS = 4
 
@@ -120,7 +120,7 @@ def _launch(
         return
     bin_columns = max(triton.next_power_of_2(size), 4)
     bin_rows = max(min(bin_columns, BINS // bin_columns), 1)
-    block = min(max(triton.next_power_of_2(channels), 16), BLOCK_CHANNELS)
+    block = min(max(triton.next_power_of_2(channels), 16), BLOCK_BYTES // pooled.element_size())
     with torch.cuda.device_of(pooled):
         # RoIs are the fast axis of the grid: while all pass, the maps' slice of one block of channels stays in L2.
         _kernel[level.numel(), triton.cdiv(channels, block), triton.cdiv(size, bin_rows)](
@@ -192,8 +192,8 @@ def _kernel(
     channel = (tl.program_id(1) * block + tl.arange(0, block))[None, :]
     pooled += roi.to(tl.int64) * channels * size * size
     if backward:
-        at, is_bin = _bins(first_row, channel, channels, size, bin_rows, bin_columns)
-        grad = tl.load(pooled + at, mask=is_bin, other=0)
+        place, is_bin = _bins(first_row, channel, channels, size, bin_rows, bin_columns)
+        grad = tl.load(pooled + place, mask=is_bin, other=0)
     else:
         total = tl.full((bin_rows * bin_columns, block), 0, tl.float32)
 
@@ -205,6 +205,8 @@ def _kernel(
             corner = cells + tl.cast(tile_row, tl.int64) * row_stride + tile_column * channels
             at = corner + (cell // tile * row_stride + cell % tile * channels + channel)
             is_cell = (row <= bottom) & (column <= right) & (channel < channels)
+            if not backward:
+                values = tl.load(at, mask=is_cell, other=0)
             of_rows = _weights(tile_row, first_row, low_y, bin_height, points_y, height, bin_rows, tile)
             of_columns = _weights(tile_column, 0, low_x, bin_width, points_x, width, bin_columns, tile)
             weights = of_rows[:, None, :, None] * of_columns[None, :, None, :]
@@ -213,10 +215,10 @@ def _kernel(
                 product = _multiply(tl.trans(weights), grad, tl.full((tile * tile, block), 0, tl.float32))
                 tl.atomic_add(at, product, mask=is_cell, sem="relaxed")
             else:
-                total = _multiply(weights, tl.load(at, mask=is_cell, other=0), total)
+                total = _multiply(weights, values, total)
     if not backward:
-        at, is_bin = _bins(first_row, channel, channels, size, bin_rows, bin_columns)
-        tl.store(pooled + at, total.to(pooled.dtype.element_ty), mask=is_bin)
+        place, is_bin = _bins(first_row, channel, channels, size, bin_rows, bin_columns)
+        tl.store(pooled + place, total.to(pooled.dtype.element_ty), mask=is_bin)
 
 
 @triton.jit
@@ -254,9 +256,9 @@ def _axis(
         points = tl.full((), sampling_ratio, tl.int32)
     else:
         points = tl.ceil(bin_size).to(tl.int32)
-    inset = 0.5 / tl.maximum(points, 1)
-    first = low + (first_bin + inset) * bin_size
-    last = low + (last_bin + 1 - inset) * bin_size
+    spacing = bin_size / tl.maximum(points, 1)
+    first = low + first_bin * bin_size + 0.5 * spacing
+    last = low + last_bin * bin_size + (points - 0.5) * spacing
     first = tl.minimum(tl.maximum(first, 0.0), end - 1).to(tl.int32)
     last = tl.minimum(tl.maximum(last, 0.0), end - 1).to(tl.int32) + 1
     return low, bin_size, points, first, tl.minimum(last, end.to(tl.int32) - 1)
@@ -276,9 +278,10 @@ def _weights(first_cell, first_bin, low, bin_size, points, end, num_bins: tl.con
     """(bins, cells) float32: along one axis, the weight of each cell in the mean over a bin's sampling points."""
     bin = (first_bin + tl.arange(0, num_bins))[:, None]
     cell = (first_cell + tl.arange(0, num_cells))[None, :]
+    spacing = bin_size / tl.maximum(points, 1)
     total = tl.full((num_bins, num_cells), 0, tl.float32)
     for point in range(points):
-        position = low + (bin + (point + 0.5) / points) * bin_size
+        position = low + bin * bin_size + (point + 0.5) * spacing
         counts = (position >= -1) & (position <= end)
         position = tl.minimum(tl.maximum(position, 0.0), end - 1)
         total += tl.where(counts, tl.maximum(1 - tl.abs(position - cell), 0.0), 0.0)
