@@ -3,7 +3,7 @@
 RoIAlign is linear in the features, and separable: the mean over the sampling points of a bin is a sum over the cells
 that they touch, whose weights are the product of one weight per row and one per column. On a CPU that sum is an
 embedding bag over the cells of all levels at once, which runs on all threads, forward and backward, and reads each cell
-once where sampling points share it; NOTES.md has the figures.
+once where sampling points share it; NOTES.md has the figures. On GPUs it is a kernel of `fpn_det.kernels.roi_align`.
 
 Dimensions: N images, S RoIs per image, R = N * S, C channels, B bins per side, T cells that a bin touches on one axis.
 """
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.functional import embedding_bag
 from torchvision.ops import roi_align
 
+from fpn_det import kernels
 from fpn_det.models.anchors import level_shapes
 
 FAR_OUTSIDE = -1e5
@@ -77,9 +78,23 @@ class MultiLevelRoIAlign(nn.Module):
             boxes: (N, S, 4) float32 XYXY in pixels of the padded image.
 
         Returns:
-            (N * S, C, output_size, output_size), image-major; float32, or float64 for such features.
+            (N * S, C, output_size, output_size), image-major. Float32, or float64 for such features; on a GPU that has
+            the kernel, of the features' type, with sums in float32 all the same.
         """
-        features = [f.to(torch.promote_types(f.dtype, torch.float32)) for f in features[: len(self.strides)]]
+        features = features[: len(self.strides)]
+        if kernels.serve(features[0]) and features[0].dtype != torch.float64:
+            from fpn_det.kernels.roi_align import roi_align as pool
+
+            return pool(
+                features,
+                boxes.float(),
+                self.assign_levels(boxes.float()),
+                strides=self.strides,
+                output_size=self.output_size,
+                sampling_ratio=self.sampling_ratio,
+                aligned=self.aligned,
+            )
+        features = [f.to(torch.promote_types(f.dtype, torch.float32)) for f in features]
         boxes = boxes.to(features[0].dtype)
         return self._sum_cells(features, boxes) if boxes.device.type == "cpu" else self._sum_levels(features, boxes)
 
