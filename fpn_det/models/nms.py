@@ -162,7 +162,7 @@ def solve(
         labels: (N, B) int64; boxes of different labels do not compete. None: all do.
     """
     sizes = [boxes.shape[1]] if level_sizes is None else list(level_sizes)
-    if kernels.available(boxes.device) and not torch.compiler.is_compiling():
+    if kernels.serve(boxes):
         from fpn_det.kernels import nms as kernel  # imports Triton, which not every machine has
 
         thresh = largest_float32_up_to(iou_thresh)

@@ -1,4 +1,4 @@
-"""The kernels of NMS against torchvision's and against plain PyTorch; run by test_kernel_nms.py."""
+"""The kernels of NMS against torchvision's and against plain PyTorch; run by test_kernels.py."""
 
 import os
 
@@ -17,7 +17,7 @@ DEVICE = torch.device("cpu" if os.environ["TRITON_INTERPRET"] == "1" else "cuda"
 def on_device(boxes: Tensor, valid: Tensor, *, labels: Tensor | None = None, **options) -> Tensor:
     """What `nms.solve` answers by the kernels; arguments and result are on the CPU."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(kernels, "available", lambda device: True)
+        patch.setattr(kernels, "serve", lambda x: True)
         patch.setattr(nms, "iterate", None)
         labels = None if labels is None else labels.to(DEVICE)
         return nms.solve(boxes.to(DEVICE), valid.to(DEVICE), labels=labels, **options).cpu()

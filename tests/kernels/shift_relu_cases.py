@@ -13,15 +13,6 @@ from fpn_det.models.backbone import BasicBlock, Bottleneck
 DEVICE = torch.device("cpu" if os.environ["TRITON_INTERPRET"] == "1" else "cuda")
 
 
-@pytest.fixture(autouse=True)
-def used(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "available", lambda device: True)
-
-
-def with_kernels(monkeypatch: pytest.MonkeyPatch, on: bool) -> None:
-    monkeypatch.setattr(kernels, "serve", lambda x: on)
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("relu", [True, False])
 @pytest.mark.parametrize("has_shortcut", [True, False])
@@ -73,7 +64,7 @@ def test_residual_blocks(monkeypatch: pytest.MonkeyPatch, block: type[BasicBlock
     x = torch.randn(2, 8, 7, 9, device=DEVICE).contiguous(memory_format=torch.channels_last).requires_grad_()
     found: list[tuple[Tensor, tuple[Tensor, ...]]] = []
     for on in (True, False):
-        with_kernels(monkeypatch, on)
+        monkeypatch.setattr(kernels, "serve", lambda x, on=on: on)
         y = module(x)
         found.append((y, torch.autograd.grad(y.square().sum(), [x, *module.parameters()])))
     torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
