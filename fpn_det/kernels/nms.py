@@ -136,7 +136,8 @@ def choose(
         box = block * WORD + bit
         is_box = box < count
         row = overlaps + (problem.to(tl.int64) * most + box) * ROW_LENGTH
-        before = tl.load(row[:, None] + word[None], is_box[:, None], other=0)  # anything from this block on, where `kept` is 0
+        # From this block on a row holds anything, but `kept` nothing yet.
+        before = tl.load(row[:, None] + word[None], is_box[:, None], other=0)
         within = tl.load(row + block, is_box, other=0)
         takes_part = tl.load(valid + first + box, is_box, other=0)
         candidate = takes_part & (tl.max(((before & kept[None]) != 0).to(tl.int32), axis=1) == 0)
