@@ -131,11 +131,13 @@ def choose(
     first, count = level_of(problem, sizes, num_boxes)
     bit, word = tl.arange(0, WORD), tl.arange(0, ROW_LENGTH)
     kept = tl.zeros([ROW_LENGTH], tl.int32)  # bits of the blocks so far
-    for block in range(tl.cdiv(count, WORD)):
+    block = 0
+    while block * WORD < count:  # the interpreter of Triton 3.6 cannot count to a tensor with NumPy 2.4
         box = block * WORD + bit
         is_box = box < count
         row = overlaps + (problem.to(tl.int64) * most + box) * ROW_LENGTH
-        before = tl.load(row[:, None] + word[None], is_box[:, None], other=0)  # anything from this block on
+        # From this block on a row holds anything, but `kept` nothing yet.
+        before = tl.load(row[:, None] + word[None], is_box[:, None], other=0)
         within = tl.load(row + block, is_box, other=0)
         takes_part = tl.load(valid + first + box, is_box, other=0)
         candidate = takes_part & (tl.max(((before & kept[None]) != 0).to(tl.int32), axis=1) == 0)
@@ -148,6 +150,7 @@ def choose(
             changes = stays != previous
         kept = tl.where(word == block, stays, kept)
         tl.store(keep + first + box, ((stays >> bit) & 1) != 0, is_box)
+        block += 1
 
 
 @triton.jit
