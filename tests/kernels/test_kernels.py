@@ -34,5 +34,6 @@ def test_cases(interpret: str) -> None:
         env=os.environ | {"TRITON_INTERPRET": interpret},
         capture_output=True,
         text=True,
+        timeout=500,  # a loop of a kernel may not end
     )
     assert done.returncode == 0, done.stdout + done.stderr

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torchvision.ops import nms as reference_nms
 
+from fpn_det import kernels
 from fpn_det.engine.memory import explained_memory_errors
 from fpn_det.engine.optim import MovingAverage, RunningStatistics, make_optimizer, step_if
 from fpn_det.engine.train import gradient_norms, trained_parts
@@ -29,6 +30,12 @@ BOXES = [[[10, 12, 60, 50], [30, 20, 90, 90]], [[5, 5, 40, 30]], []]
 LABELS = [[0, 2], [1], []]
 
 Model = FasterRCNN | ProposalNetwork | FastRCNN
+
+
+@pytest.fixture(autouse=True, params=[False, True], ids=["PyTorch", "Triton"])
+def _with_kernels(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
+    monkeypatch.setenv("FPN_DET_TRITON", str(int(request.param)))
+    assert kernels.serve(torch.zeros(1, device=CUDA)) == request.param
 
 
 @pytest.fixture(autouse=True)
