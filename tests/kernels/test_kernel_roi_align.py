@@ -127,7 +127,7 @@ def test_constant_features_stay_constant() -> None:
     assert (pooled == 1).all()
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(5))
 def test_any_shape(seed: int) -> None:
     """Channels that no block divides, several blocks, bins in several programs, maps of a few cells."""
     dice = torch.Generator().manual_seed(seed)
