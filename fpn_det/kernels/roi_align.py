@@ -73,7 +73,8 @@ def roi_align(
     dtype = features[0].dtype
     if dtype not in (torch.float32, torch.bfloat16, torch.float16) or any(f.dtype != dtype for f in features):
         raise TypeError(f"features must be float32, bfloat16 or float16, all alike, not {[f.dtype for f in features]}")
-    options = (tuple(strides), output_size, sampling_ratio, aligned)
+    scales = tuple(1 / stride for stride in strides)  # which the kernel could not divide as exactly
+    options = (scales, output_size, sampling_ratio, aligned)
     return _RoIAlign.apply(boxes.detach(), level, options, *features)
 
 
@@ -114,7 +115,7 @@ def _launch(
     backward: bool,
 ) -> None:
     """Run the kernel on maps, (N, h_i, w_i, C) in memory, and contiguous pooled features (R, C, B, B)."""
-    strides, size, sampling_ratio, aligned = options
+    scales, size, sampling_ratio, aligned = options
     channels = pooled.shape[1]
     if pooled.numel() == 0:
         return
@@ -132,7 +133,7 @@ def _launch(
             level,
             pooled,
             level.shape[1],
-            strides,
+            scales,
             channels,
             size,
             sampling_ratio,
@@ -155,7 +156,7 @@ def _kernel(
     levels,
     pooled,
     boxes_per_image,
-    strides: tl.constexpr,
+    scales: tl.constexpr,
     channels: tl.constexpr,
     size: tl.constexpr,
     sampling_ratio: tl.constexpr,
@@ -172,10 +173,10 @@ def _kernel(
     """
     roi = tl.program_id(0)
     level = tl.load(levels + roi)
-    height, width, scale = _choose(level, heights), _choose(level, widths), 1 / _choose(level, strides)
+    height, width, scale = _choose(level, heights), _choose(level, widths), _choose(level, scales)
     row_stride = width.to(tl.int32) * channels
     cells = maps[0]
-    for i in tl.static_range(1, len(strides)):
+    for i in tl.static_range(1, len(scales)):
         if level == i:
             cells = maps[i]
     cells += (roi // boxes_per_image).to(tl.int64) * height.to(tl.int32) * row_stride

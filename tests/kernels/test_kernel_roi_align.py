@@ -66,15 +66,20 @@ def random_boxes(n: int, s: int, *, height: int, width: int) -> Tensor:
 
 
 def check(pooler: MultiLevelRoIAlign, maps: Sequence[Tensor], boxes: Tensor, *, rounding: float = 0) -> None:
-    """Pooled features and gradients; `rounding` is relative to each value; 1e-5 of the largest is always allowed."""
+    """Pooled features and gradients, of arguments in any order of memory.
+
+    `rounding` is the error allowed relative to each value, beside 1e-5 of the largest.
+    """
     options = {name: getattr(pooler, name) for name in ("strides", "output_size", "sampling_ratio", "aligned")}
-    pooled = kernel.roi_align(maps, boxes, pooler.assign_levels(boxes), **options)
+    level = pooler.assign_levels(boxes)
+    scattered = [x.transpose(0, 1).contiguous().transpose(0, 1) for x in (boxes, level)]
+    pooled = kernel.roi_align(maps, *scattered, **options)
     exact = [f.detach().float().requires_grad_() for f in maps]
     expected = pooler._sum_cells(exact, boxes)
     assert pooled.dtype == maps[0].dtype
     assert pooled.shape == expected.shape
     assert pooled.is_contiguous()
-    grad = torch.randn(pooled.shape).to(pooled.dtype)
+    grad = torch.randn(pooled.shape).to(pooled.dtype).mT.contiguous().mT
     grads = torch.autograd.grad(pooled, maps, grad)
     assert all(g.is_contiguous(memory_format=torch.channels_last) for g in grads)
     assert all(g.dtype == f.dtype for g, f in zip(grads, maps, strict=True))
@@ -94,7 +99,7 @@ def test_conventions(strides: Sequence[int], aligned: bool, sampling_ratio: int)
         strides=strides, sampling_ratio=sampling_ratio, aligned=aligned, canonical_size=56, output_size=7
     )
     maps = maps_of(pooler, n=2, channels=24, height=190, width=250)
-    boxes = random_boxes(2, 8, height=190, width=250)
+    boxes = random_boxes(2, 6, height=190, width=250)
     assert len(pooler.assign_levels(boxes).unique()) == len(strides)
     check(pooler, maps, boxes)
 
@@ -122,7 +127,7 @@ def test_constant_features_stay_constant() -> None:
     assert (pooled == 1).all()
 
 
-@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("seed", range(5))
 def test_any_shape(seed: int) -> None:
     """Channels that no block divides, several blocks, bins in several programs, maps of a few cells."""
     dice = torch.Generator().manual_seed(seed)
@@ -171,8 +176,7 @@ def test_types_are_refused() -> None:
 
 def test_pooler_uses_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where kernels run, but for doubles."""
-    monkeypatch.setattr(kernels, "available", lambda device: True)
-    monkeypatch.setattr(Tensor, "is_cuda", True)
+    monkeypatch.setattr(kernels, "serve", lambda x: True)
     pooler = MultiLevelRoIAlign(strides=(4, 8), canonical_size=56, output_size=3)
     maps = maps_of(pooler, n=1, channels=16, height=40, width=50, dtype=torch.bfloat16)
     maps.append(torch.full((1, 16, 1, 1), torch.nan))  # a level that is not used

@@ -22,7 +22,7 @@ def own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
 def ptx(dtype: str, *, backward: bool, capability: int) -> str:
     """Assembly of the kernel as `_launch` specialises it for 7 x 7 bins of 256 channels of a pyramid."""
     constants: dict[str, Any] = {
-        "strides": (4, 8, 16, 32),
+        "scales": (1 / 4, 1 / 8, 1 / 16, 1 / 32),
         "channels": 256,
         "size": 7,
         "sampling_ratio": 0,

@@ -194,6 +194,23 @@ def test_roi_align(options: dict[str, Any], memory_format: torch.memory_format) 
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_roi_align_of_short_formats(dtype: torch.dtype) -> None:
+    """Rounded, but for sums in float32."""
+    dice = torch.Generator().manual_seed(0)
+    pooler = MultiLevelRoIAlign(strides=(4, 8, 16, 32), canonical_size=56)
+    boxes = torch.stack([random_boxes(200, side=300, dice=dice) - 20 for _ in range(2)])
+    features = [torch.randn(2, 72, 256 // s, 320 // s, generator=dice).to(dtype) for s in pooler.strides]
+    weight = torch.randn(400, 72, 7, 7, generator=dice).to(dtype)
+    results = []
+    for device, of in ((CPU, torch.float32), (CUDA, dtype)):
+        leaves = [f.to(device, of).requires_grad_() for f in features]
+        pooled = pooler(leaves, boxes.to(device))
+        results.append([pooled.detach(), *torch.autograd.grad(pooled, leaves, weight.to(device, pooled.dtype))])
+    for theirs, ours in zip(*results, strict=True):
+        close(ours.float(), theirs, 2**-8 if dtype == torch.bfloat16 else 2**-11)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("model", ["resnet"], indirect=True)
 def test_short_number_formats(model: Model, batch: Batch, dtype: torch.dtype) -> None:
     """A step by autocast: losses near those of float32, gradients of all that learns, none of them NaN."""
