@@ -16,7 +16,8 @@ def noise(seeds: Tensor, num: int, *, salt: int) -> Tensor:
     out = torch.empty((len(seeds), num), dtype=torch.float32, device=seeds.device)
     if out.numel() > 0:
         with torch.cuda.device_of(seeds):
-            _kernel[(triton.cdiv(num, BLOCK), len(seeds))](seeds.contiguous(), out, num, salt, BLOCK)
+            grid = (triton.cdiv(num, BLOCK), len(seeds))
+            _kernel[grid](seeds.contiguous(), out, num, salt, BLOCK, enable_fp_fusion=True)
     return out
 
 

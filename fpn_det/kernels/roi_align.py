@@ -144,6 +144,7 @@ def _launch(
             TILE,
             block,
             num_warps=NUM_WARPS,
+            enable_fp_fusion=True,
         )
 
 

@@ -61,7 +61,8 @@ def _launch(x: Tensor, shift: Tensor, shortcut: Tensor | None, relu: bool) -> No
     with torch.cuda.device_of(x):
         grid = (triton.cdiv(x.numel(), BLOCK),)
         addend = x if shortcut is None else shortcut
-        _kernel[grid](x, shift, addend, x.numel(), x.shape[1], shortcut is not None, relu, BLOCK)
+        options = (x.shape[1], shortcut is not None, relu, BLOCK)
+        _kernel[grid](x, shift, addend, x.numel(), *options, enable_fp_fusion=True)
 
 
 @triton.jit

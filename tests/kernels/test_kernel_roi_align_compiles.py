@@ -52,7 +52,9 @@ def ptx(dtype: str, *, backward: bool, capability: int) -> str:
         attrs={place: [["tt.divisibility", 16]] for place in of_16_bytes},
     )
     target = GPUTarget("cuda", capability, 32)
-    text: str = triton.compile(source, target=target, options={"num_warps": kernel.NUM_WARPS}).asm["ptx"]
+    text: str = triton.compile(
+        source, target=target, options={"num_warps": kernel.NUM_WARPS, "enable_fp_fusion": True}
+    ).asm["ptx"]
     return text
 
 
