@@ -355,7 +355,7 @@ def read_ground_truth(path: Path) -> GroundTruth:
     """Read the parts of a COCO file that box evaluation needs.
 
     Raises:
-        InputError: naming the first entry that cannot be used.
+        InputError: naming the first entry that cannot be used, and how many `area`s are like it.
     """
     content = read_json(path, "Set data.val.annotations")
     if not isinstance(content, dict):
@@ -376,6 +376,7 @@ def read_ground_truth(path: Path) -> GroundTruth:
             raise InputError(f"{path}: categories[{i}] needs a string 'name', got {_shown(category.get('name'))}")
 
     boxes, areas, crowd = [], [], []
+    bad_areas: list[tuple[str, Any]] = []  # the data layer, which reports all else, does not read them
     images: list[int] = []
     classes: list[int] = []
     for i, annotation in enumerate(content["annotations"]):
@@ -395,13 +396,21 @@ def read_ground_truth(path: Path) -> GroundTruth:
         if area is None:
             area = box[2] * box[3]
         if not _is_number(area):
-            raise InputError(f"{where}: area must be a finite number, got {_shown(area)}")
+            bad_areas.append((where, area))
+            area = 0.0
         is_crowd = annotation.get("iscrowd")
         if is_crowd and is_crowd != 1:
             raise InputError(f"{where}: iscrowd must be 0 or 1, got {_shown(is_crowd)}")
         boxes.append(box)
         areas.append(area)
         crowd.append(bool(is_crowd))
+    if bad_areas:
+        where, area = bad_areas[0]
+        others = f" (one of {len(bad_areas):,} such annotations)" if len(bad_areas) > 1 else ""
+        raise InputError(
+            f"{where}: area must be a finite number, got {_shown(area)}{others}. Correct it, or leave it out: the "
+            "box's area then counts"
+        )
     names = {entry["id"]: entry["name"] for entry in content["categories"]}
     uses = Counter(names.values())
     return GroundTruth(

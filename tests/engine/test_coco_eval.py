@@ -423,6 +423,15 @@ def test_malformed_ground_truth(tmp_path: Path, content, message: str) -> None:
         metrics_of(write(tmp_path / "gt.json", content), [])
 
 
+def test_bad_areas_are_counted(tmp_path: Path) -> None:
+    content = annotation_with(area="9")
+    content["annotations"][0]["area"] = float("inf")
+    with pytest.raises(
+        InputError, match=r"annotations\[0\] \(id 1\): area .* got inf \(one of 2 such annotations\)\. .* leave it out"
+    ):
+        metrics_of(write(tmp_path / "gt.json", content), [])
+
+
 def test_bad_arguments(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="cannot be read"):
         metrics_of(tmp_path / "none.json", [])
