@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from pages import opened
 
-CHARTS = {"errors", "precision_recall", "scores", "confusion", "calibration", "size", "aspect"}
+from fpn_det.report.evaluation import CHARTS
 
 
 @pytest.fixture(autouse=True)

@@ -95,6 +95,9 @@ ERRORS: dict[ErrorKind, tuple[str, str, str]] = {
 }
 """TIDE's error types: how they are called, what they are, and what helps."""
 
+CHARTS = ("errors", "precision_recall", "size", "aspect", "scores", "calibration", "confusion")
+"""Those of `draw_charts`."""
+
 
 def write_report(
     folder: Path,
@@ -151,9 +154,12 @@ def write_report(
     )
     with write_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    for name, data in drawn.items():
-        with replacing(folder / f"{name}.png") as file:
-            file.write(data)
+    for name in CHARTS:
+        if name in drawn:
+            with replacing(folder / f"{name}.png") as file:
+                file.write(drawn[name])
+        else:  # of an earlier report
+            (folder / f"{name}.png").unlink(missing_ok=True)
     write_json(folder / "report.json", {"about": dict(about), **analysis.as_json()})
     path = folder / "report.html"
     write_text(path, page(title, sections, intro=intro, footer="fpn_det"))

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fpn_det.engine.coco_eval import GroundTruth, ScoredBoxes, score
 from fpn_det.report.analysis import analyse
-from fpn_det.report.evaluation import write_report
+from fpn_det.report.evaluation import CHARTS, write_report
 from fpn_det.structures import InputError
 
 SECTIONS = [
@@ -144,6 +144,14 @@ def test_hostile_names_are_inert(browser, tmp_path: Path) -> None:
         assert tab.evaluate("document.documentElement.scrollWidth") <= 390
         names = tab.locator(".filtered").first.locator("tbody td:first-child").all_inner_texts()
         assert names[:4] == EVIL[:4]
+
+
+def test_charts_of_an_earlier_report_go(tmp_path: Path) -> None:
+    report_of(tmp_path, truth_of([(0, 0, BOX)]), found([(0, 0, BOX, 0.9)]))
+    assert {path.stem for path in tmp_path.glob("*.png")} == set(CHARTS)
+    (tmp_path / "mine.png").touch()
+    report_of(tmp_path, truth_of([]), found([]))
+    assert {path.stem for path in tmp_path.glob("*.png")} == {"confusion", "mine"}
 
 
 @pytest.mark.parametrize(
