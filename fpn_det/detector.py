@@ -28,6 +28,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
+from tqdm import tqdm
 
 from fpn_det import build
 from fpn_det.ahead import ahead
@@ -316,6 +317,7 @@ class Detector:
         batch_size: int | None = None,
         tile_size: int | None = None,
         tile_overlap: float = 0.2,
+        show_progress: bool = False,
     ) -> Iterator[tuple[Tensor, Prediction] | InputError]:
         """Detect in many images, or in the frames of a video, without holding all of them.
 
@@ -325,6 +327,7 @@ class Detector:
         Args:
             images: any number of them.
             score_thresh, classes, batch_size, tile_size, tile_overlap: as of `predict`.
+            show_progress: whether what takes many batches, such as an image of many tiles, shows a bar on a terminal.
 
         Yields:
             In order, for each image its pixels, (3, H, W) uint8 RGB, and the prediction; for one that cannot be read,
@@ -344,7 +347,7 @@ class Detector:
                 raise InputError(f"{name} is {value}; it must be {_RANGES[name]}")
         if classes is not None:
             class_labels(classes, self.categories)
-        return self._stream(images, score_thresh, classes, batch_size, tile_size, tile_overlap)
+        return self._stream(images, score_thresh, classes, batch_size, tile_size, tile_overlap, show_progress)
 
     def _stream(
         self,
@@ -354,12 +357,13 @@ class Detector:
         batch_size: int,
         tile_size: int | None,
         tile_overlap: float,
+        show_progress: bool,
     ) -> Iterator[tuple[Tensor, Prediction] | InputError]:
         most = 1 if batch_size == 1 else WINDOW_BATCHES * batch_size
         for read in _groups(ahead(_try_to_read, images, depth=most, num_threads=NUM_THREADS), most=most):
             pixels = [image for image in read if isinstance(image, Tensor)]
             views = [windows_of(_size(image), tile_size=tile_size, overlap=tile_overlap) for image in pixels]
-            found = iter(self._detect(pixels, views, batch_size=batch_size))
+            found = iter(self._detect(pixels, views, batch_size=batch_size, show_progress=show_progress))
             for image in read:
                 if isinstance(image, Tensor):
                     prediction = self._prediction(next(found), _size(image))
@@ -377,7 +381,7 @@ class Detector:
         )
 
     def _detect(
-        self, images: Sequence[Tensor], windows: Sequence[Sequence[Window]], *, batch_size: int
+        self, images: Sequence[Tensor], windows: Sequence[Sequence[Window]], *, batch_size: int, show_progress: bool
     ) -> list[Detections]:
         """Detections in each of some images, which are looked at through their `windows` in all views."""
         looks = [_Look(i, window, t) for i in range(len(images)) for window in windows[i] for t in self.transforms]
@@ -395,8 +399,11 @@ class Detector:
                 memory_remedy="Lower the batch size (batch_size, on the command line --batch-size) or "
                 "data.test_short_side",
             )
-            for batch, (_, detections) in zip(batches, detected, strict=True):
-                found.update(zip(batch, detections, strict=True))
+            quiet = not show_progress or len(batches) <= 2 * WINDOW_BATCHES
+            with tqdm(total=len(batches), desc="tiles", unit="batch", leave=False, disable=quiet or None) as bar:
+                for batch, (_, detections) in zip(batches, detected, strict=True):
+                    found.update(zip(batch, detections, strict=True))
+                    bar.update()
         return [
             merge_windows(
                 [

@@ -155,7 +155,8 @@ class Run:
 
     def _images(self, sources: Sequence[Source], image_ids: Iterator[int], write: Write, stop: StopSignal) -> None:
         """Detect in images, which are read before and drawn after it by threads."""
-        outcomes = self.detector.stream((str(source.path) for source in sources), **self.options)
+        paths = (str(source.path) for source in sources)
+        outcomes = self.detector.stream(paths, **self.options, show_progress=True)
         saved = ahead(self._save_picture, zip(sources, outcomes, strict=True), depth=AHEAD, num_threads=NUM_THREADS)
         with closing(saved), progress("image", len(sources)) as bar:
             for source, outcome in saved:
