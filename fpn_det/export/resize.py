@@ -44,6 +44,7 @@ class Resize(nn.Module):
             size: (2,) int64, (h, w) before padding.
             original_size: (2,) int64, (H, W).
         """
+        images = of_unknown_number(images)
         height, width = images.shape[-2:]
         one = torch.ones((), dtype=torch.int64, device=images.device)
         original_size = torch.stack([height * one, width * one])
@@ -117,6 +118,19 @@ def opencv_weights(old: Tensor, new: Tensor) -> tuple[Tensor, Tensor]:
     positions = torch.minimum(torch.stack([first, first + 1]).long().clamp(min=0), old - 1)
     weights = (torch.stack([1 - fraction, fraction]) * 2048).round()
     return positions, torch.where(target < new, weights, 0)
+
+
+def of_unknown_number(images: Tensor) -> Tensor:
+    """The same images; exporters do not know N any more, as they do not know H' and W'.
+
+    torch 2.11 asks for the memory format of every convolution where it knows N, which H' and W' then leave open.
+    """
+    if torch.jit.is_tracing():  # type: ignore[attr-defined]
+        return images
+    count: Any = torch.full((), images.shape[0]).item()
+    torch._check(count >= 1)
+    torch._check(count <= images.shape[0])
+    return images.narrow(0, 0, count)
 
 
 def padded_range(new: Tensor) -> Tensor:
