@@ -14,6 +14,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from torch.torch_version import TorchVersion
 
 from fpn_det import build
 from fpn_det.config import load_config
@@ -192,4 +193,14 @@ def test_a_missing_package_is_named_with_its_command(tool, trained, tmp_path, mo
     outcome = tool("export", "--checkpoint", trained, "--format", "onnx", "--output", tmp_path / "d.onnx")
     assert outcome.code == 2
     assert "pip install -e '.[export]'" in outcome.err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("format", ["onnx", "torch_export"])
+def test_an_exporter_that_is_too_old_is_named(tool, trained, tmp_path, monkeypatch, format: str) -> None:
+    monkeypatch.setattr(torch, "__version__", TorchVersion("2.9.1+cpu"))
+    outcome = tool("export", "--checkpoint", trained, "--format", format, "--output", tmp_path / "d.onnx")
+    assert outcome.code == 2
+    assert f"--format {format} needs PyTorch 2.11 or later" in outcome.err
+    assert "this is 2.9.1+cpu" in outcome.err
     assert list(tmp_path.iterdir()) == []

@@ -318,8 +318,16 @@ def describe(
         "resize": json.dumps({"short_side": data.test_short_side, "long_side": data.long_side, "kind": data.resize}),
         "pixels": json.dumps({"mean": model.pixel_mean, "std": model.pixel_std}),
         "model": json.dumps({"kind": model.kind, "backbone": model.backbone.name, "format": format}),
-        "versions": json.dumps(checkpoint.versions() | {"fpn_det": importlib.metadata.version("fpn_det")}),
+        "versions": json.dumps(checkpoint.versions() | {"fpn_det": own_version()}),
     }
+
+
+def own_version() -> str:
+    """Of this package, which a checkout can be used without installing."""
+    try:
+        return importlib.metadata.version("fpn_det")
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
 
 
 if __name__ == "__main__":

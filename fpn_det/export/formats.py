@@ -24,11 +24,15 @@ from fpn_det.export.resize import Resize
 from fpn_det.extras import require
 from fpn_det.models.faster_rcnn import FasterRCNN, ProposalNetwork
 from fpn_det.models.nms import largest_float32_up_to
+from fpn_det.structures import InputError
 
 Format = Literal["onnx", "torchscript", "torch_export"]
 
 OPSET = 18
 """Version of ONNX's operators: of 2022, so that runtimes of that age read the files."""
+
+OLDEST_TORCH = "2.11"
+"""Exporters of before cannot trace what depends on the size of a resized image."""
 
 OUTPUTS = ("boxes", "scores", "labels")
 
@@ -68,8 +72,13 @@ def export(format: Format, model: FasterRCNN | ProposalNetwork, resize: Resize) 
         resize: what happens to images before.
 
     Raises:
-        InputError: the packages of the format are not installed.
+        InputError: the packages of the format are not installed, or PyTorch is too old for it.
     """
+    if format != "torchscript" and torch.__version__ < OLDEST_TORCH:
+        raise InputError(
+            f"--format {format} needs PyTorch {OLDEST_TORCH} or later, whose exporter follows images of any size; this "
+            f"is {torch.__version__}. Upgrade with pip install -e '.[export]', or use --format torchscript"
+        )
     match format:
         case "onnx":
             return to_onnx(model, resize)
