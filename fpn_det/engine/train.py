@@ -7,7 +7,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterable
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from functools import partial
 from types import FrameType, TracebackType
 from typing import Any, Self
@@ -187,7 +187,9 @@ def train(
                     return done
                 if evaluating:
                     process.doing("evaluating")
-                    if evaluate(done) or process.any(stop.requested):
+                    if evaluate(done):
+                        return done
+                    if process.any(stop.requested) and not overdue:  # else after the next step, which saves
                         return done
                     window.restart()
     return num_steps
@@ -363,8 +365,10 @@ class StopSignal:
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.requested = True
         signal.signal(number, self._previous[signal.Signals(number)])
-        if self.says:  # past the buffer of sys.stderr, which may be in use at this moment
-            os.write(2, f"\n{self.says}; once more to stop at once\n".encode())
+        if self.says:
+            with suppress(OSError):  # a console that is gone: Ctrl-C ends the `tee` of a pipe, too
+                # Past the buffer of sys.stderr, which may be in use at this moment.
+                os.write(2, f"\n{self.says}; once more to stop at once\n".encode())
 
 
 def format_seconds(seconds: float) -> str:

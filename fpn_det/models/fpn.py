@@ -183,8 +183,10 @@ class Upsample(nn.Module):
         match self.kind:
             case "nearest":
                 kind = x.device.type
-                with torch.autocast(kind, enabled=False) if is_autocast_available(kind) else nullcontext():
-                    return interpolate(x, size=size, mode="nearest")  # which autocast would do in float32
+                # Autocast would do it in float32. Where there is none, nothing is put into exported programs.
+                autocast = is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+                with torch.autocast(kind, enabled=False) if autocast else nullcontext():
+                    return interpolate(x, size=size, mode="nearest")
             case "bilinear":
                 return interpolate(x, size=size, mode="bilinear", align_corners=False)
             case "deconv":

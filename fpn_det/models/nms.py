@@ -2,8 +2,8 @@
 
 Implementations that keep the same boxes. On the CPU `torchvision.ops.nms` per image and group. Elsewhere each of its
 calls would wait for the device, so all images and groups run at once on fixed shapes: a box stays unless a better one
-that stays overlaps it, keep = valid & ~any(overlaps & keep), and iterating that reaches the one solution. Where Triton
-runs, `fpn_det.kernels.nms` does so in two launches without waiting.
+that stays overlaps it, keep = valid & ~any(overlaps & keep), and iterating that reaches the one solution. Where
+`fpn_det.kernels` serve, one of them does so in two launches without waiting.
 
 All compare the IoU of the boxes as they are. (`torchvision.ops.batched_nms` shifts the groups apart by adding
 multiples of the largest coordinate, and so rounds the coordinates to as little as 1/128 pixel.)
@@ -152,7 +152,7 @@ def solve(
 ) -> Tensor:
     """Greedy NMS of all images and levels at once: which boxes stay, (N, B) bool.
 
-    Two launches without waiting for the device where Triton runs, else as of `iterate`.
+    Two launches without waiting for the device where `fpn_det.kernels` serve, else as of `iterate`.
 
     Args:
         boxes: (N, B, 4) float32 XYXY by descending score, within each level if there are several.

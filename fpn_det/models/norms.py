@@ -46,6 +46,10 @@ class FrozenBatchNorm2d(torchvision.ops.FrozenBatchNorm2d):
         self._computed: tuple[Tensor, Tensor] | None = None
         self._computed_from: list[tuple[Tensor, int]] = []
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies compute anew: the versions of their buffers count from the start, and may come to be those noted."""
+        return {**self.__dict__, "_computed": None, "_computed_from": []}
+
     def affine(self) -> tuple[Tensor, Tensor]:
         """(C,) scale and shift; of five small kernels per norm, a step on a GPU would wait for the host."""
         if torch.compiler.is_compiling() or self.weight.is_inference():

@@ -3,7 +3,8 @@
 RoIAlign is linear in the features, and separable: the mean over the sampling points of a bin is a sum over the cells
 that they touch, whose weights are the product of one weight per row and one per column. On a CPU that sum is an
 embedding bag over the cells of all levels at once, which runs on all threads, forward and backward, and reads each cell
-once where sampling points share it; NOTES.md has the figures. On GPUs it is a kernel of `fpn_det.kernels.roi_align`.
+once where sampling points share it; NOTES.md has the figures. On GPUs it is torchvision's operator once per level, or
+one kernel for all levels where `fpn_det.kernels` serve.
 
 Dimensions: N images, S RoIs per image, R = N * S, C channels, B bins per side, T cells that a bin touches on one axis.
 """
@@ -78,8 +79,8 @@ class MultiLevelRoIAlign(nn.Module):
             boxes: (N, S, 4) float32 XYXY in pixels of the padded image.
 
         Returns:
-            (N * S, C, output_size, output_size), image-major. Float32, or float64 for such features; on a GPU that has
-            the kernel, of the features' type, with sums in float32 all the same.
+            (N * S, C, output_size, output_size), image-major. Float32, or float64 for such features; from the kernel of
+            the features' type, with sums in float32 all the same.
         """
         features = features[: len(self.strides)]
         if kernels.serve(features[0]) and features[0].dtype != torch.float64:

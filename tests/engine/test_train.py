@@ -214,6 +214,33 @@ def test_a_signal_during_an_evaluation_stops_after_it(capfd):
     assert capfd.readouterr().err.splitlines()[1:] == ["stopping after this step and saving; once more to stop at once"]
 
 
+def test_a_signal_saves_when_the_console_is_gone():
+    """As after Ctrl-C on `train.py 2>&1 | tee log`, which ends both."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    console = os.dup(2)
+    os.dup2(writing, 2)
+    try:
+        test_a_signal_stops_after_the_step(signal.SIGINT)
+    finally:
+        os.dup2(console, 2)
+        os.close(console)
+        os.close(writing)
+
+
+def test_a_signal_during_an_evaluation_after_a_skipped_step_stops_after_the_next():
+    """Nothing was saved before that evaluation: stopping there would lose the steps."""
+    run = Run(Failing({2}), max_skipped=1)
+
+    def evaluate(step: int) -> bool:
+        run.calls.append(("evaluate", step))
+        os.kill(os.getpid(), signal.SIGTERM)
+        return False
+
+    assert run(stream(2), num_steps=6, evaluate_every=2, evaluate=evaluate) == 3
+    assert run.calls == [("evaluate", 2), ("save", 3)]
+
+
 def test_a_second_signal_acts_as_usual():
     def batches() -> Iterator[Batch]:
         os.kill(os.getpid(), signal.SIGINT)

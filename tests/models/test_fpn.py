@@ -253,3 +253,9 @@ def test_shapes_on_a_real_body(kind: type[FPN], name: str, size: tuple[int, int]
         neck = kind(in_channels=body.channels, channels=256, strides=body.strides)
         pyramid = neck(body(torch.zeros(1, 3, *size)))
     assert [p.shape for p in pyramid] == [(1, 256, *shape) for shape in expected]
+
+
+def test_nearest_upsampling_is_exported_as_one_operator():
+    program = torch.export.export(Upsample(channels=3, kind="nearest"), (torch.randn(1, 3, 4, 5), (8, 10)))
+    calls = [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
+    assert calls == ["aten.upsample_nearest2d.vec"]
