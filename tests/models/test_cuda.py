@@ -18,6 +18,7 @@ from fpn_det.engine.train import gradient_norms, trained_parts
 from fpn_det.models import nms
 from fpn_det.models.backbone import ResNet
 from fpn_det.models.faster_rcnn import FasterRCNN, FastRCNN, ProposalNetwork
+from fpn_det.models.fpn import Upsample
 from fpn_det.models.roi_head import CascadeRoIHead
 from fpn_det.models.roi_pool import MultiLevelRoIAlign
 from fpn_det.structures import Batch, InputError, Proposals
@@ -224,6 +225,15 @@ def test_short_number_formats(model: Model, batch: Batch, dtype: torch.dtype) ->
         assert loss.dtype == torch.float32
         assert loss.item() == pytest.approx(expected[name].item(), rel=0.1, abs=0.02)
     assert all(p.grad is not None and p.grad.isfinite().all() for ps in trained_parts(model).values() for p in ps)
+
+
+def test_nearest_upsampling_keeps_the_short_format() -> None:
+    """Autocast would do it in float32."""
+    x = torch.randn(1, 8, 3, 4, device=CUDA, dtype=torch.bfloat16)
+    with torch.autocast("cuda", dtype=torch.bfloat16):
+        y = Upsample(channels=8, kind="nearest")(x, (6, 8))
+    assert y.dtype == torch.bfloat16
+    assert torch.equal(y, x.repeat_interleave(2, 2).repeat_interleave(2, 3))
 
 
 @contextmanager
