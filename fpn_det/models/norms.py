@@ -55,8 +55,8 @@ class FrozenBatchNorm2d(torchvision.ops.FrozenBatchNorm2d):
         if torch.compiler.is_compiling() or self.weight.is_inference():
             return self._affine()
         known = zip(self.buffers(), self._computed_from, strict=False)
-        # Buffers are replaced when they move to another device, and written to when weights are loaded. (A broadcast does
-        # not count as a write; it gives frozen buffers the values that they have.)
+        # Buffers are replaced when they move to another device, and written to when weights are loaded. (A broadcast is
+        # not counted as a write, but gives frozen buffers the values that they have.)
         if self._computed is None or any(now is not then or now._version != version for now, (then, version) in known):
             with torch.inference_mode(False):  # or training after it could not use them
                 self._computed = self._affine()
