@@ -50,6 +50,7 @@ EAGER, COMPILED = "runtime.compile=false", "runtime.compile=true"
 AS_TORCHVISION = ("model.roi_head.sampling_ratio=2", "model.roi_head.aligned=false")
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "fpn_det eager": ("ours", {"overrides": (EAGER,)}),
+    "fpn_det eager, Triton": ("ours", {"overrides": (EAGER,), "triton": True}),
     "fpn_det compiled": ("ours", {"overrides": (COMPILED,)}),
     "RoIAlign as torchvision's: fpn_det eager": ("ours", {"overrides": (EAGER, *AS_TORCHVISION)}),
     "torchvision": ("torchvision", {}),
@@ -130,9 +131,10 @@ class Bench:
         self.cuda = self.device.type == "cuda"
         self.deadline = time.monotonic() + 60 * args.minutes
         self.repeats = args.repeats or (3 if args.quick or args.tiny else 7)
-        self.variants = [name for name in VARIANTS if re.search(args.variants, name)]
+        here = [name for name, (_, settings) in VARIANTS.items() if self.cuda or not settings.get("triton")]
+        self.variants = [name for name in here if re.search(args.variants, name)]
         if not self.variants:
-            raise InputError(f"--variants {args.variants.pattern}: matches none of {', '.join(VARIANTS)}")
+            raise InputError(f"--variants {args.variants.pattern}: matches none of {', '.join(here)}")
         self.stamp = {"commit": args.commit or commit(), "date": datetime.date.today().isoformat()}
         about = describe(self.device)
         self.path = args.output / (re.sub(r"\W+", "_", about["name"]).strip("_").lower() + ".json")

@@ -37,8 +37,8 @@ NUM_FILES = 64
 FOLDER = tempfile.TemporaryDirectory(prefix="fpn_det_bench_")
 
 
-def ours(case: Case, device: torch.device, *, overrides: tuple[str, ...] = ()) -> Runner:
-    """Ours: images to weights as `tools/train.py` runs it, in slices of the training loop."""
+def ours(case: Case, device: torch.device, *, overrides: tuple[str, ...] = (), triton: bool = False) -> Runner:
+    """Ours: images to weights as `tools/train.py` runs it, in slices of the training loop; `triton` as in steps.py."""
     config, data = dataset(case, overrides)
     model = steps.our_model(config, case, device)
     optimizer = build.build_optimizer(config, model)
@@ -69,7 +69,7 @@ def ours(case: Case, device: torch.device, *, overrides: tuple[str, ...] = ()) -
         )
         runner.data_wait = scalars["speed/data_wait_share"]
 
-    runner = Runner(model, optimizer, run)
+    runner = Runner(model, optimizer, steps.with_kernels(run) if triton else run)
     return runner
 
 

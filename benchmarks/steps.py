@@ -8,12 +8,14 @@ the stem and the first stage are not trained, and counts (anchors, proposals, Ro
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -140,13 +142,14 @@ def autocast(case: Case, device: torch.device) -> torch.autocast:
 # --- fpn_det ---
 
 
-def ours(case: Case, device: torch.device, *, overrides: Sequence[str] = ()) -> Runner:
-    """Ours, with the step of `fpn_det.engine.train.train`."""
+def ours(case: Case, device: torch.device, *, overrides: Sequence[str] = (), triton: bool = False) -> Runner:
+    """Ours, with the step of `fpn_det.engine.train.train`; `triton` switches `fpn_det.kernels` on."""
     config = config_of(case, overrides)
     model = our_model(config, case, device)
     batch = pinned(make_batch(case), device)
     if case.mode == "predict":
-        return predicting(model, lambda: model.predict(batch.to(device, non_blocking=True)), case, device)
+        runner = predicting(model, lambda: model.predict(batch.to(device, non_blocking=True)), case, device)
+        return replace(runner, run=with_kernels(runner.run)) if triton else runner
     optimizer = build.build_optimizer(config, model)
     parts, statistics = trained_parts(model), RunningStatistics(model)
     window = Window(["total", *parts])
@@ -170,7 +173,17 @@ def ours(case: Case, device: torch.device, *, overrides: Sequence[str] = ()) -> 
         if len(window) == 20:  # as often as a run makes a log record
             window.close(Process(device=device))
 
-    return Runner(model, optimizer, repeated(step))
+    return Runner(model, optimizer, with_kernels(repeated(step)) if triton else repeated(step))
+
+
+def with_kernels(run: Callable[[int], None]) -> Callable[[int], None]:
+    """`run` with the kernels of Triton."""
+
+    def kernels_on(steps: int) -> None:
+        with patch.dict(os.environ, FPN_DET_TRITON="1"):
+            run(steps)
+
+    return kernels_on
 
 
 def our_model(config: Config, case: Case, device: torch.device) -> DetectionModel:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import runpy
 import sys
 from importlib.util import find_spec
@@ -138,3 +139,11 @@ def test_document_without_markers_is_refused(tmp_path):
     with pytest.raises(InputError, match=r"other\.md: needs the lines"):
         tables.write_markdown(path, tmp_path)
     assert path.read_text() == "text"
+
+
+def test_kernels_are_on_while_a_setting_of_theirs_runs(monkeypatch) -> None:
+    monkeypatch.delenv("FPN_DET_TRITON", raising=False)
+    seen = []
+    steps.with_kernels(lambda n: seen.append((n, os.environ["FPN_DET_TRITON"])))(3)
+    assert seen == [(3, "1")]
+    assert "FPN_DET_TRITON" not in os.environ
