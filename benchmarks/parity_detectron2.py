@@ -387,18 +387,10 @@ def sides_overrides(sides: tuple[int, int]) -> list[str]:
 
 def our_sample(config: Config, path: Path) -> Sample:
     """The image file, resized, with fixed proposals if the config asks for some."""
-    image = load_image(path)
-    boxes, scores = (torch.from_numpy(x) for x in fixed_proposals(path))
-    is_fixed = config.model.kind == "fast_rcnn"
-    sample = Sample(
-        image=image,
-        boxes=torch.zeros(0, 4),
-        labels=torch.zeros(0, dtype=torch.int64),
-        image_id=1,
-        original_size=(image.shape[1], image.shape[2]),
-        proposals=boxes if is_fixed else None,
-        proposal_scores=scores if is_fixed else None,
-    )
+    boxes = scores = None
+    if config.model.kind == "fast_rcnn":
+        boxes, scores = (torch.from_numpy(x) for x in fixed_proposals(path))
+    sample = Sample.to_detect_in(load_image(path), proposals=boxes, proposal_scores=scores)
     return build_test_transform(config)(sample, random.Random(0))
 
 

@@ -291,15 +291,7 @@ def our_detector(checkpoint: Path, sides: tuple[int, int] | None, *, double: boo
         proposals = proposal_scores = None
         if config.model.kind == "fast_rcnn":
             proposals, proposal_scores = (torch.from_numpy(x) for x in fixed_proposals(path))
-        sample = Sample(
-            image=image,
-            boxes=torch.zeros(0, 4),
-            labels=torch.zeros(0, dtype=torch.int64),
-            image_id=1,
-            original_size=(image.shape[1], image.shape[2]),
-            proposals=proposals,
-            proposal_scores=proposal_scores,
-        )
+        sample = Sample.to_detect_in(image, proposals=proposals, proposal_scores=proposal_scores)
         batch = collate([transform(sample, random.Random(0))])
         [(_, [found])] = detect(model, [batch], device=torch.device("cpu"), precision="fp32", show_progress=False)
         return found

@@ -450,16 +450,10 @@ def _batches(looks: Sequence[_Look], batch_size: int) -> list[list[_Look]]:
 
 
 def _load(images: Sequence[Tensor], looks: Sequence[_Look]) -> Batch:
-    samples = []
-    for i, (x1, y1, x2, y2), transform in looks:
-        sample = Sample(
-            image=images[i][:, y1:y2, x1:x2],
-            boxes=torch.zeros(0, 4),
-            labels=torch.zeros(0, dtype=torch.int64),
-            image_id=i,
-            original_size=(y2 - y1, x2 - x1),
-        )
-        samples.append(transform(sample, random.Random(0)))
+    samples = [
+        transform(Sample.to_detect_in(images[i][:, y1:y2, x1:x2], image_id=i), random.Random(0))
+        for i, (x1, y1, x2, y2), transform in looks
+    ]
     return collate(samples, size_divisor=SIZE_DIVISOR)
 
 

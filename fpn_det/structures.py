@@ -117,6 +117,21 @@ class Sample:
     proposal_scores: Tensor | None = None
     unreadable: tuple[int, ...] = ()
 
+    @classmethod
+    def to_detect_in(
+        cls, image: Tensor, *, image_id: int = 0, proposals: Tensor | None = None, proposal_scores: Tensor | None = None
+    ) -> Self:
+        """An image (3, H, W) as it is, without objects."""
+        return cls(
+            image=image,
+            boxes=torch.zeros(0, 4),
+            labels=torch.zeros(0, dtype=torch.int64),
+            image_id=image_id,
+            original_size=(image.shape[1], image.shape[2]),
+            proposals=proposals,
+            proposal_scores=proposal_scores,
+        )
+
 
 @dataclass(frozen=True, kw_only=True)
 class Targets(_TensorFields):

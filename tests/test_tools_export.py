@@ -106,10 +106,7 @@ example["main"]({str(path)!r}, {str(photo)!r}, {str(tmp_path / "found.png")!r})
 
     config = load_config(Path(tiny[1]), overrides)
     model, state = build.load_detector(config, trained, torch.device("cpu"))
-    image = load_image(photo)
-    h, w = image.shape[1:]
-    boxes, labels = torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64)
-    sample = Sample(image=image, boxes=boxes, labels=labels, image_id=0, original_size=(h, w))
+    sample = Sample.to_detect_in(load_image(photo))
     batch = collate([build.build_test_transform(config)(sample, Random(0))])
     [(_, [expected])] = detect(model, [batch], device=torch.device("cpu"), precision="fp32", show_progress=False)
     names = [category["name"] for category in state["categories"]]
@@ -118,7 +115,7 @@ example["main"]({str(path)!r}, {str(photo)!r}, {str(tmp_path / "found.png")!r})
     numbers = torch.tensor([[float(x) for x in numbers] for _, *numbers in found])
     torch.testing.assert_close(numbers[:, 0], expected.scores, rtol=0, atol=2e-4)
     torch.testing.assert_close(numbers[:, 1:], expected.boxes, rtol=0, atol=0.02)
-    assert not torch.equal(load_image(tmp_path / "found.png"), image)
+    assert not torch.equal(load_image(tmp_path / "found.png"), sample.image)
     assert len(EXAMPLE.read_text().splitlines()) <= 40
 
 

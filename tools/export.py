@@ -44,7 +44,7 @@ from fpn_det.export.check import AP_TOLERANCE, MIN_IMAGES, Comparison, check
 from fpn_det.export.formats import Exported, Format, export
 from fpn_det.export.resize import Resize
 from fpn_det.files import replacing, write_errors
-from fpn_det.models.faster_rcnn import FastRCNN, ProposalNetwork
+from fpn_det.models.faster_rcnn import FastRCNN
 from fpn_det.structures import Categories, Detections, InputError, Sample, printable
 
 FIXED = ("train.precision=fp32", "runtime.compile=false", "runtime.tf32=false")
@@ -109,7 +109,7 @@ def export_checkpoint(
     transform = build.build_test_transform(config)
     resize = Resize(short_side=transform.short_side, long_side=transform.long_side, kind=transform.resize)
     exported = export(format, model, resize.to(device))
-    is_rpn = isinstance(model, ProposalNetwork)
+    is_rpn = config.model.kind == "rpn"
     score_thresh = 0.0 if is_rpn else config.model.roi_head.score_thresh
     max_detections = config.model.rpn.post_nms_top_k_test if is_rpn else config.model.roi_head.detections_per_image
     comparison = check(
@@ -214,10 +214,7 @@ def only(truth: GroundTruth, ids: Sequence[int]) -> GroundTruth:
 def look(model: DetectionModel, images: Tensor, transform: TestTransform, device: torch.device) -> list[Detections]:
     """What the detector finds in one image, (1, 3, H, W) uint8, in the frame of the image."""
     [image] = images
-    h, w = image.shape[1:]
-    boxes, labels = torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64)
-    sample = Sample(image=image, boxes=boxes, labels=labels, image_id=0, original_size=(h, w))
-    batch = collate([transform(sample, Random(0))])
+    batch = collate([transform(Sample.to_detect_in(image), Random(0))])
     [(_, found)] = detect(model, [batch], device=device, precision="fp32", show_progress=False)
     return found
 

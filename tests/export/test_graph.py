@@ -81,10 +81,7 @@ def images(*shape: int) -> Tensor:
 
 def look(config: Config, model: DetectionModel, image: Tensor) -> Detections:
     """What the detector itself finds in an image (3, H, W), in the frame of the image."""
-    h, w = image.shape[1:]
-    boxes, labels = torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64)
-    sample = Sample(image=image, boxes=boxes, labels=labels, image_id=0, original_size=(h, w))
-    batch = collate([build.build_test_transform(config)(sample, Random(0))])
+    batch = collate([build.build_test_transform(config)(Sample.to_detect_in(image), Random(0))])
     [(_, [found])] = detect(model, [batch], device=torch.device("cpu"), precision="fp32", show_progress=False)
     return found
 

@@ -32,10 +32,7 @@ def test_sizes_are_the_same(kind: ResizeKind, size: tuple[int, int], short_side:
 def test_pixels_are_the_same_and_the_rest_is_zero(kind: ResizeKind, size: tuple[int, int]) -> None:
     image = torch.randint(0, 256, (3, *size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     resized, (h, w), original_size = Resize(short_side=64, long_side=150, kind=kind)(image[None])
-    sample = Sample(
-        image=image, boxes=torch.zeros(0, 4), labels=torch.zeros(0, dtype=torch.int64), image_id=0, original_size=size
-    )
-    expected = resize_to(sample, (int(h), int(w)), resize=kind).image.float()
+    expected = resize_to(Sample.to_detect_in(image), (int(h), int(w)), resize=kind).image.float()
     assert tuple(original_size.tolist()) == size
     assert resized.dtype == torch.float32
     assert all(side % 32 == 0 for side in resized.shape[2:])

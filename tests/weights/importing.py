@@ -31,14 +31,7 @@ def draw(path: Path, width: int, height: int) -> None:
 
 
 def predict(model: torch.nn.Module, config: Config, path: Path) -> Detections:
-    image = load_image(path)
-    sample = Sample(
-        image=image,
-        boxes=torch.zeros(0, 4),
-        labels=torch.zeros(0, dtype=torch.int64),
-        image_id=1,
-        original_size=(image.shape[1], image.shape[2]),
-    )
+    sample = Sample.to_detect_in(load_image(path))
     batch = collate([build_test_transform(config)(sample, random.Random(0))])
     [(_, [found])] = detect(model, [batch], device=torch.device("cpu"), precision="fp32", show_progress=False)
     return found

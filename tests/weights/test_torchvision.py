@@ -138,15 +138,7 @@ class Imported:
         load_weights(self.model, state["model"], checkpoint)
 
     def predict(self, path: Path) -> Detections:
-        image = load_image(path)
-        size = (image.shape[1], image.shape[2])
-        sample = Sample(
-            image=image,
-            boxes=torch.zeros(0, 4),
-            labels=torch.zeros(0, dtype=torch.int64),
-            image_id=1,
-            original_size=size,
-        )
+        sample = Sample.to_detect_in(load_image(path))
         batch = collate([build_test_transform(self.config)(sample, random.Random(0))])
         [(_, [found])] = detect(self.model, [batch], device=torch.device("cpu"), precision="fp32", show_progress=False)
         return found
