@@ -251,14 +251,9 @@ def test_a_second_signal_acts_as_usual():
         os.kill(os.getpid(), signal.SIGINT)
         yield from stream(2)
 
-    # A process started in the background may ignore SIGINT from the start.
-    inherited = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        with pytest.raises(KeyboardInterrupt):
-            Run()(batches())
-        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    finally:
-        signal.signal(signal.SIGINT, inherited)
+    with pytest.raises(KeyboardInterrupt):
+        Run()(batches())
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 class Failing(Toy):
