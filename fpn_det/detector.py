@@ -400,7 +400,7 @@ class Detector:
                 "data.test_short_side",
             )
             quiet = not show_progress or len(batches) <= 2 * WINDOW_BATCHES
-            with tqdm(total=len(batches), desc="tiles", unit="batch", leave=False, disable=quiet or None) as bar:
+            with tqdm(total=len(batches), desc="batches", unit="batch", leave=False, disable=quiet or None) as bar:
                 for batch, (_, detections) in zip(batches, detected, strict=True):
                     found.update(zip(batch, detections, strict=True))
                     bar.update()
