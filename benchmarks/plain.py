@@ -27,6 +27,7 @@ sys.path.insert(0, str(ROOT))
 from benchmarks import steps  # noqa: E402
 from benchmarks.roofline import synchronize  # noqa: E402
 from fpn_det.models import backbone, roi_head  # noqa: E402
+from fpn_det.models.norms import activated  # noqa: E402
 from fpn_det.models.roi_pool import MultiLevelRoIAlign  # noqa: E402
 from fpn_det.models.rpn import RPNHead, UnsharedRPNHead  # noqa: E402
 
@@ -48,9 +49,7 @@ def norm_after_convolution(
     conv: nn.Module, norm: nn.Module, x: Tensor, *, shortcut: Tensor | None = None, relu: bool = False
 ) -> Tensor:
     """The layers one after the other."""
-    x = norm(conv(x))
-    x = x if shortcut is None else x.add_(shortcut)
-    return x.relu_() if relu else x
+    return activated(norm(conv(x)), shortcut, relu)
 
 
 PLAIN_FORMS: dict[str, tuple[Any, str, Any]] = {

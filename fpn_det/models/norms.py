@@ -151,18 +151,19 @@ def apply_conv_norm(
         scale, shift = norm.affine()
         weight = weight * scale[:, None, None, None]
     elif not isinstance(norm, nn.Identity):
-        return _activated(norm(conv(x)), shortcut, relu)
+        return activated(norm(conv(x)), shortcut, relu)
     if shift is not None and kernels.serve(x):
         out = conv._conv_forward(x, weight, None)
         if out.is_contiguous(memory_format=torch.channels_last) and (shortcut is None or shortcut.dtype == out.dtype):
             from fpn_det.kernels.shift_relu import shift_relu
 
             return shift_relu(out, shift, shortcut, relu=relu)
-        return _activated(out + shift[:, None, None].to(out.dtype), shortcut, relu)
-    return _activated(conv._conv_forward(x, weight, shift), shortcut, relu)
+        return activated(out + shift[:, None, None].to(out.dtype), shortcut, relu)
+    return activated(conv._conv_forward(x, weight, shift), shortcut, relu)
 
 
-def _activated(x: Tensor, shortcut: Tensor | None, relu: bool) -> Tensor:
+def activated(x: Tensor, shortcut: Tensor | None, relu: bool) -> Tensor:
+    """`relu(x + shortcut)`, written to `x`; without either if there is no shortcut, or `relu` is False."""
     if shortcut is not None:
         x = x.add_(shortcut)
     return x.relu_() if relu else x
